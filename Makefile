@@ -22,6 +22,8 @@ Without a GPU, TORCH=cpu takes PyTorch's wheels without CUDA, a tenth of that: m
 endef
 export INSTALLING
 
+# Builds the site into build/site; a link or an anchor that leads nowhere is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PIP := $(BIN)/pip install --disable-pip-version-check
 ifeq ($(TORCH),cpu)
 INSTALL_TORCH := $(PIP) $(PIP_ARGS) --index-url $(CPU_INDEX) torch torchvision
@@ -36,7 +38,7 @@ SMALL_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=
 SENSITIVE := tests/stages/test_golden.py tests/stages/test_classify.py tests/models/test_nearest.py \
 	tests/models/test_nearest_triton.py tests/models/test_quantizer.py
 
-.PHONY: demo test campaign test-all test-gpu test-portable test-floors check package format clean
+.PHONY: demo docs test test-docs campaign test-all test-gpu test-portable test-floors check package format clean
 
 demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
@@ -70,6 +72,13 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MKDOCS) --quiet
+
+docs: $(VENV)/.dev
+	$(MKDOCS)
+
+test-docs: $(VENV)/.dev
+	$(BIN)/pytest -m slow tests/test_tutorials.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -96,6 +96,7 @@ class Peer(nn.Module):
 def make_row(name: str, images: Tensor, *, perceptual: bool) -> tuple[nn.Module, Callable[[], Tensor], nn.Module]:
     """Return the model of a row, the function that computes the loss, and the model's quantizer."""
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # as in a run
     model: Any
     if name.startswith("pecobook"):
         model = our_stage(perceptual=perceptual).to(images.device).train()

@@ -110,35 +110,54 @@ CAFFE += ["--perceptual.std", "0.003922", "0.003922", "0.003922", "--perceptual.
 
 def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of a codebook on held-out images."""
-    from pecobook.analysis.reconstruction import decode_all, encode_all
+    from pecobook.analysis.reconstruction import decode_all
+
+    figures, tokenizer, images, labels, codes = held_out_figures(run, arguments.data, arguments.images, seed)
+    reconstructions = decode_all(tokenizer, codes)
+    if arguments.judge:
+        judge = Judge(arguments.judge)
+        figures["judged"] = judge.accuracy(reconstructions, labels)
+        figures["originals_judged"] = judge.accuracy(images, labels)
+    return figures | distances(images, reconstructions, arguments, seed)
+
+
+def held_out_figures(
+    run: Path, data: str, limit: int, seed: int, *, probes: bool = True
+) -> tuple[dict[str, Any], Any, Tensor, Tensor, Tensor]:
+    """Measure a codebook on at most `limit` held-out images, and its probes on as many training images.
+
+    Returns:
+        the figures, the tokenizer, the held-out images float (N, 3, S, S) in [0, 1], their labels, and the codes.
+    """
+    from pecobook.analysis.reconstruction import encode_all
     from pecobook.commands.analyze.measure import PROBES, evaluate_tokenizer
     from pecobook.data.images import open_images
     from pecobook.data.stream import read_all
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.utils.images import to_float
 
-    tokenizer, splits = PerceptualTokenizer.from_pretrained(run), open_images(arguments.data)
-    size, limit = tokenizer.image_size, arguments.images
-    train, train_labels, _ = read_all(splits.train, size, limit=limit)
-    test, test_labels, _ = read_all(splits.evaluation, size, limit=limit)
-    if train_labels is None or test_labels is None:
-        raise SystemExit(f"--data {arguments.data} has no labels.")
+    tokenizer, splits = PerceptualTokenizer.from_pretrained(run), open_images(data)
+    size = tokenizer.image_size
+    test, labels, _ = read_all(splits.evaluation, size, limit=limit)
+    if labels is None:
+        raise SystemExit(f"--data {data} has no labels.")
+
+    def train_codes() -> tuple[Tensor, Tensor]:
+        train, train_labels, _ = read_all(splits.train, size, limit=limit)
+        assert train_labels is not None
+        return encode_all(tokenizer, to_float(train)), train_labels
+
     images = to_float(test)
     larger = to_float(read_all(splits.evaluation, size + tokenizer.stride, limit=min(limit, 500))[0])
     measured, codes = evaluate_tokenizer(
-        run.name, tokenizer, images, test_labels, lambda: (encode_all(tokenizer, to_float(train)), train_labels), None,
-        larger=larger, seed=seed,
-    )  # fmt: skip
-    values, reconstructions = measured.values, decode_all(tokenizer, codes)
+        run.name, tokenizer, images, labels if probes else None, train_codes, None, larger=larger, seed=seed
+    )
+    values = measured.values
     figures: dict[str, Any] = {name: values[name] for name in (*PROBES, "psnr", "ssim", "codes_used", "perplexity")}
     position = values["position"]
     figures |= {"position": 100 * position["share"], "null_position": 100 * position["null_share"]}
     figures |= {"bound": 100 * position["bound"], **position["moved"]}
-    if arguments.judge:
-        judge = Judge(arguments.judge)
-        figures["judged"] = judge.accuracy(reconstructions, test_labels)
-        figures["originals_judged"] = judge.accuracy(images, test_labels)
-    return figures | distances(images, reconstructions, arguments, seed)
+    return figures, tokenizer, images, labels, codes
 
 
 def validation_folder(source: str, folder: Path) -> str:

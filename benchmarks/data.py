@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from pecobook.data.images import open_images
+from pecobook.data.masking import make_mask
 from pecobook.data.sampler import BatchPositions, key, permute
 from pecobook.data.source import ImageSource
 from pecobook.data.stream import Stream, load
@@ -31,7 +32,6 @@ from pecobook.data.views import NamedViews
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.stages.codebook import CodebookStage
-from pecobook.stages.pretrain import make_mask
 
 SIZE, MIN_AREA = 224, 0.2
 KINDS = {"short side 256": (256, 90), "short side 512": (512, 96)}

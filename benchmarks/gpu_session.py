@@ -41,7 +41,7 @@ def bench(name: str, *words: str) -> tuple[str, ...]:
 
 
 def compiled_rows(batch_size: int, *more: str) -> tuple[str, ...]:
-    rows = ("pecobook, bf16, compiled", "pecobook, bf16, compiled, --attention triton", *more)
+    rows = ("pecobook, bf16, compiled", *(f"pecobook, bf16, compiled, {words}" for words in _SETTINGS), *more)
     return bench("pretrain_step", "--batch-size", str(batch_size), "--repeats", "10", "--rows", *rows)
 
 
@@ -89,6 +89,7 @@ def parts(out: Path) -> list[Part]:
     ]
 
 
+_SETTINGS = "--attention triton", "--attention triton, --residual bf16", "--compile-mode max-autotune"
 _PEERS = ("pecobook", "diffusers and lpips")
 
 

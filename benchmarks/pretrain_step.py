@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ SHARED = {"init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bia
 NUM_MASKED, VOCABULARY = 75, 8192
 
 
-def ours(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
+def ours(images: Tensor, mask: Tensor, codes: Tensor, residual: str = "fp32") -> tuple[nn.Module, Callable[[], Tensor]]:
     """Return the stage that `pecobook pretrain` trains; uint8 images, colours, loss and accuracy are part of it."""
     from pecobook.data.batch import Batch
     from pecobook.recipes import recipe
@@ -35,7 +36,7 @@ def ours(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callab
 
     tokenizer = nn.Identity()
     tokenizer.num_codewords = VOCABULARY  # type: ignore[assignment]
-    stage = PretrainStage(replace(recipe("pretrain", "paper"), {"data": "photos"}), tokenizer)
+    stage = PretrainStage(replace(recipe("pretrain", "paper"), {"data": "photos", "residual": residual}), tokenizer)
     pixels = (images.clamp(0, 1) * 255).to(torch.uint8)
     colour = torch.rand(len(images), 9, device=images.device)
     batch = Batch(image=pixels, colour=colour, mask=mask, codes=codes)
@@ -81,7 +82,7 @@ def beit(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callab
     return model, loss
 
 
-COMPILED, TRITON = ", compiled", ", --attention triton"
+COMPILED, TRITON, TUNED = ", compiled", ", --attention triton", ", --compile-mode max-autotune"
 ROWS: dict[str, tuple[Callable[..., Any], str]] = {
     "pecobook, fp32": (ours, "fp32"),
     "transformers, fp32": (transformers, "fp32"),
@@ -89,6 +90,8 @@ ROWS: dict[str, tuple[Callable[..., Any], str]] = {
     "transformers, bf16": (transformers, "bf16"),
     "pecobook, bf16, compiled": (ours, "bf16"),
     "pecobook, bf16, compiled, --attention triton": (ours, "bf16"),
+    "pecobook, bf16, compiled, --attention triton, --residual bf16": (partial(ours, residual="bf16"), "bf16"),
+    "pecobook, bf16, compiled, --compile-mode max-autotune": (ours, "bf16"),
     "transformers, bf16, compiled": (transformers, "bf16"),
     "BEiT's arrangement: DALL-E's tokenizer in each step, transformers, fp32": (beit, "fp32"),
 }
@@ -108,7 +111,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model, loss = make_model(images, torch.stack(masks).to(device), codes)
     model.to(device).train()
     if COMPILED in name:
-        model.compile()
+        model.compile(**({"mode": "max-autotune-no-cudagraphs"} if TUNED in name else {}))
     seconds = median_step(
         model,
         loss,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.process
 import os
 import pickle
 import socket
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests import forked
 
 WORLD_SIZE = 2
 _LIMIT = 120.0  # seconds
@@ -67,7 +69,7 @@ class TwoProcesses:
         return answers
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forked.context()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -91,17 +93,7 @@ class TwoProcesses:
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        GROUP_RANK="0",
-        WORLD_SIZE=str(WORLD_SIZE),
-        LOCAL_WORLD_SIZE=str(WORLD_SIZE),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="tests",
-        OMP_NUM_THREADS="1",
-    )
+    os.environ.update(forked.torchrun_variables(rank, WORLD_SIZE, port), OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist
 

@@ -5,7 +5,8 @@ The commands run in the folder that `tests.mistaken_inputs` fills.
 
 from __future__ import annotations
 
-LONG = "n" * 300
+from tests.mistakes_elsewhere import ELSEWHERE, LONG
+
 HUGE = str(10**12)
 MANY_DIGITS = "9" * 5000
 """More digits than Python converts."""
@@ -314,109 +315,10 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("bank-keys", "bank-keys", "grid"),
         ("empty", "empty", "Leave --resume out"),
     ],
-    "analyze --data images --out run": [
-        ("", "--tokenizer is missing", "codebook run"),
-        ("--tokenizer gone", "gone", "run folder"),
-        ("--tokenizer codebook --against gone", "gone", "run folder"),
-        ("--tokenizer codebook --tokens gone", "gone", "pecobook tokenize"),
-        ("--tokenizer codebook --tokens bank-keys", "bank-keys", "grid"),
-        ("--tokenizer codebook --backbone gone", "gone", "run folder"),
-        ("--tokenizer codebook --backbone codebook", "codebook", "pretrain"),
-        ("--tokenizer codebook --classifier gone", "gone", "timm:NAME"),
-        ("--tokenizer codebook --classifier vit", "vit", "finetune"),
-        ("--tokenizer codebook --perceptual resnet50", "resnet50", "timm:NAME"),
-        ("--tokenizer codebook --judgements gone", "gone", "BAPPS"),
-        ("--tokenizer codebook --codewords 5 100", "100", "0 to 23"),
-        ("--tokenizer codebook --codewords -1", "-1", "or above"),
-        ("--tokenizer codebook --max-train 0", "0", "above 0"),
-        ("--tokenizer codebook --max-test -5", "-5", "above 0"),
-        ("--tokenizer codebook --classifier-mean 1 2", "2", "three numbers"),
-    ],
-    "explore": [
-        ("", "No run is given", "pecobook explore RUN"),
-        ("gone --data images", "gone", "run folder"),
-        ("codebook --data images --port 0", "0", "or above"),
-        ("codebook --data images --port 99999", "99999", "65535"),
-        ("codebook --data images --images 0", "0", "above 0"),
-        ("codebook --data images --upload-mb inf", "inf", "a whole number"),
-    ],
-    "reproduce": [
-        ("--data images --out run", "Name tables", "table4"),
-        ("table99 --data images --out run", "table99", "The tables"),
-        ("table4 --data images", "--out is missing", "for example"),
-        ("table4 --data images --out run --seeds 1 1", "(1, 1)", "different"),
-        ("table4 --data images --out run --seeds 1e30", "1e30", "a whole number"),
-        ("table4 --data images --out run --seeds", "--seeds", "different"),
-        ("table4 --data images --out run --length 0", "0", "above 0"),
-        ("table4 --data images --out run --length 1e30", "1e+30", "at most"),
-        ("table4 --data images --out run --json", "--json", "--dry-run"),
-        ("table4 --data images --out run --views -2", "-2", "-1 or above"),
-        ("table4 --data images --out run --slurm gone/plan.sh", "--slurm 'gone/plan.sh'", "make the folder 'gone'"),
-        ("table4 --data images --out run --no-train --commands plan", "--no-train", "give one of them"),
-        ("table4 --data images --out run --budget huge", "huge", "tiny, small, paper"),
-        ("table4 --data images --out run --network gone", "gone", "timm:NAME"),
-        ("table4 --data images --out run --backbone.args {", "{", "not JSON"),
-        ("table4 --data images --out tables-list", "reproduce.json", "JSON object"),
-        ("table4 --data images --out tables-types", "tables-types", "other settings"),
-    ],
-    "bench": [
-        ("", "bench", "pecobook bench pretrain"),
-        ("pretrain nothing-like-it", "nothing-like-it", "tiny"),
-        ("pretrain tiny --steps 0", "0", "above 0"),
-        ("pretrain tiny --precision fp99", "fp99", "fp32"),
-        ("pretrain tiny --batch-size 1e30", "1e30", "a whole number"),
-        ("pretrain tiny --out notes.txt", "notes.txt", "another file"),
-        ("pretrain tiny --out gone/bench.json", "gone", "make the folder"),
-        (f"pretrain tiny --out {LONG}.json", LONG, "shorter"),
-    ],
-    "export": [
-        ("gone --out run", "gone", "run folder"),
-        ("codebook --format onnnx --out run", "onnnx", "Did you mean 'onnx'?"),
-        ("codebook --format hf --out run", "codebook", "onnx"),
-        ("vit --out notes.txt", "notes.txt", "name a folder"),
-        ("vit --out full", "full", "another folder"),
-        ("no-args --out run", "no-args", "args"),
-        ("vit-size --out run", "vit-size", "huge"),
-    ],
-    "predict": [
-        ("gone images --out run", "gone", "run folder"),
-        ("codebook images --out run", "codebook", "finetune, segment or detect"),
-        ("classifier gone --out run", "gone", "A source is"),
-        ("classifier images --out full", "full", "another folder"),
-        ("classifier images --out run --score 2", "2", "[0, 1]"),
-        ("nan-classifier images --out run", "nan-classifier", "NaN"),
-        ("classifier-classes images --out run", "classifier-classes", "classes"),
-        ("classifier-no-classes images --out run", "classifier-no-classes", "at least one text"),
-        ("classifier-size images --out run", "classifier-size", "from 1 to 16384"),
-        ("classifier-crop images --out run", "classifier-crop", "above 0 and up to 1"),
-    ],
-    "probe --data images": [
-        ("--backbone gone", "gone", "timm:NAME"),
-        ("--backbone vit --image-size -1", "-1", "or above"),
-        ("--backbone vit --image-size 1000000", "1000000", "at most"),
-        ("--backbone vit --max-train 0", "0", "above 0"),
-        ("--backbone vit --seed 1e30", "1e30", "a whole number"),
-        ("--backbone vit --out notes.txt", "notes.txt", "another file"),
-        ("--backbone vit-size", "vit-size", "huge"),
-    ],
-    "demo": [
-        ("--out run --length 0", "0", "above 0"),
-        ("--out run --length 1e30", "1e+30", "at most"),
-        ("--out run --length nan", "nan", "finite"),
-        ("--out run --budget tpu", "tpu", "auto, cpu, gpu"),
-        ("--out run --seed 1e30", "1e30", "a whole number"),
-        ("--out run --data gone", "gone", "A source is"),
-        ("--out full", "full", "another folder"),
-        ("--out demo-list", "demo.json", "JSON object"),
-        ("--out demo-broken", "demo.json", "cannot be read"),
-    ],
-    "check": [
-        ("--data images --task paint", "paint", "codebook"),
-        ("--data images --samples 0", "0", "or above"),
-        ("--data images --out sheet.txt", "sheet.txt", ".png"),
-        ("--data images --workers -7", "-7", "or above"),
-        ("--data images --recipe tiny", "tiny", "pecobook check COMMAND"),
-    ],
 }
 
-MISTAKES = [(f"{start} {end}".strip(), value, remedy) for start, rows in _TABLE.items() for end, value, remedy in rows]
+MISTAKES = [
+    (f"{start} {end}".strip(), value, remedy)
+    for start, rows in {**_TABLE, **ELSEWHERE}.items()
+    for end, value, remedy in rows
+]

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import importlib
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pecobook.settings
-from pecobook.errors import ConfigError
 from pecobook.settings.contrast import ContrastConfig
-from pecobook.settings.durations import parse_duration, steps
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tracking import TrackingConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig, OptimConfig
@@ -35,6 +32,7 @@ from pecobook.settings.values import (
     to_dict,
 )
 from pecobook.utils.files import write_json
+from tests.test_durations import refused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,64 +43,6 @@ class Sample(CropTrainConfig):
     layers: tuple[int, ...] = (3, 6)
     limit: int | None = None
     share: float = 0.5
-
-
-def refused(text: str) -> Any:
-    return pytest.raises(ConfigError, match=re.escape(text))
-
-
-# ---------------------------------------------------------------------------------------------------------- durations
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("5000", (5000.0, "steps")),
-        ("1 step", (1.0, "steps")),
-        ("100 epochs", (100.0, "epochs")),
-        ("1 epoch", (1.0, "epochs")),
-        ("2.5ep", (2.5, "epochs")),
-        (".5 Epochs", (0.5, "epochs")),
-        ("25600 images", (25600.0, "images")),
-        ("1 image", (1.0, "images")),
-        ("5%", (5.0, "%")),
-        (" 5 % ", (5.0, "%")),
-        ("1e6 images", (1e6, "images")),
-        ("0", (0.0, "steps")),
-    ],
-)
-def test_parse_duration__reads_every_unit(text: str, expected: tuple[float, str]) -> None:
-    assert parse_duration(text, "max-steps") == expected
-
-
-@pytest.mark.parametrize("text", ["", "epochs", "-5", "5 weeks", "5 epochs and 3", "inf", "nan", "1,000", "5e", "0x10"])
-def test_parse_duration__refuses(text: str) -> None:
-    with refused(f"--warmup is '{text}': give steps (5000)"):
-        parse_duration(text, "warmup")
-
-
-@given(st.integers(0, 10**7), st.integers(1, 10**7), st.integers(1, 10**5))
-def test_steps__are_equal_for_epochs_and_images(epochs: int, num_images: int, batch_size: int) -> None:
-    in_epochs = steps(f"{epochs} epochs", num_images=num_images, batch_size=batch_size)
-    in_images = steps(f"{epochs * num_images} images", num_images=num_images, batch_size=batch_size)
-    assert in_epochs == in_images
-    assert abs(in_epochs - epochs * num_images / batch_size) <= max(0.5, 1e-9 * in_epochs) or in_epochs == 1
-    assert (in_epochs == 0) == (epochs == 0)
-    assert steps(f"{epochs}", num_images=num_images, batch_size=batch_size) == epochs
-
-
-@given(st.floats(0, 100, allow_subnormal=False), st.integers(1, 10**6))
-def test_steps__of_a_percentage(percent: float, total: int) -> None:
-    count = steps(f"{percent:.3f}%", num_images=7, batch_size=3, total=total)
-    exact = float(f"{percent:.3f}") / 100 * total
-    assert 0 <= count <= total
-    assert abs(count - exact) <= 0.5 or count == 1
-    assert (count > 0) == (exact > 0)
-
-
-def test_steps__refuses_a_percentage_without_a_total() -> None:
-    with refused("--max-steps cannot be a percentage"):
-        steps("5%", num_images=10, batch_size=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- types
@@ -303,6 +243,7 @@ def test_load__takes_yaml_and_toml(tmp_path: Path, name: str, text: str) -> None
         ("a.yaml", "lr: 3\nbatch-size: -1\n", "a.yaml', line 2: --batch-size must be above 0"),
         ("a.yaml", "seed: 1\n  x: [\n", r"a.yaml', line 2: this is no YAML: mapping values are not allowed"),
         ("a.yaml", "seed: 1\nseed: 2\n", "a.yaml', line 2: 'seed' stands there twice"),
+        ("a.json", '{"optim": {"lr": 1, "lr": 2}}', "a.json' cannot be read: 'lr' stands there twice: keep one"),
         ("a.yaml", "seed: 1\noptim:\n  3: 2\n", "a.yaml', line 3: a setting has a name of letters, not '3'"),
         ("a.yaml", "seed: !!python/object:os.system x\n", "a.yaml', line 1: this is no YAML: could not determine"),
         ("a.yaml", "# nothing\n", "a.yaml' holds no settings, which are lines such as"),

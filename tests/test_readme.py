@@ -1,12 +1,9 @@
-"""The commands and the Python code of the README run unchanged."""
+"""What the README lists exists. test_tutorials.py runs its commands and its Python."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
-
-import pytest
 
 from pecobook import cli
 
@@ -16,30 +13,6 @@ README = Path(__file__).parent.parent / "README.md"
 def blocks(language: str) -> list[str]:
     """Return the fenced blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
-
-
-def test_readme__commands_and_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("pecobook ")]
-    assert len(commands) == 5
-    for command in commands:
-        cli.main([*shlex.split(command, comments=True)[1:], *_SMALL.get(command.split()[1], [])])
-    assert (tmp_path / "runs" / "classifier" / "export" / "model.safetensors").is_file()
-
-    snippets = blocks("python")
-    assert len(snippets) == 1
-    names: dict[str, object] = {}
-    exec(snippets[0], names)
-    codes, again = names["codes"], names["again"]
-    assert tuple(codes.shape) == (2, 4, 4)  # type: ignore[attr-defined]
-    assert tuple(again.shape) == (2, 3, 32, 32)  # type: ignore[attr-defined]
-
-
-# Flags that make the README's commands quick enough for a test.
-_SMALL = {
-    **{command: ["--batch-size", "16"] for command in ("contrast", "codebook", "pretrain", "finetune")},
-    "probe": ["--max-train", "200", "--max-test", "60"],
-}
 
 
 def test_readme__lists_every_command() -> None:

@@ -14,7 +14,7 @@ from pecobook.data.images import open_images
 from pecobook.engine import launch
 from pecobook.errors import ConfigError
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claims, recipe
-from pecobook.settings.codebook import AdversarialConfig, ExplicitConfig
+from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.pretrain import DecoderConfig, PretrainConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
@@ -46,7 +46,7 @@ def test_recipe__loads_and_documents_its_own_command(command: str, name: str) ->
     if command == "finetune":
         assert parsed.backbone.startswith("timm:" if parsed.weights == "random" else "runs/")
     if command == "codebook":
-        assert parsed.perceptual.network in ("none", "runs/contrast", "torchvision:vgg16")
+        assert parsed.perceptual.network.startswith(("none", "runs/contrast", "torchvision:vgg16", "timm:"))
 
 
 @pytest.mark.parametrize(("command", "name"), [pair for pair in EVERY if pair[1] != "tiny"])
@@ -63,8 +63,19 @@ NOT_THE_PAPERS = {
     *("data", "out", "seed", "devices", "num_nodes", "strategy", "precision", "micro_batch_size", "workers", "loggers"),
     *("log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every", "evaluation_images", "knn_images"),
     *("tracking", "project", "entity", "group", "tags", "offline", "communication", "attention"),
-    *("compile", "deterministic", "resume", "overwrite", "backbone", "weights", "tokenizer", "tokens", "network"),
-    *("init", "probe_data", "probe_every", "probe_images", "attention", "communication", "shuffle_window", "tracking"),
+    *(
+        "compile",
+        "compile_mode",
+        "deterministic",
+        "resume",
+        "overwrite",
+        "backbone",
+        "weights",
+        "tokenizer",
+        "tokens",
+        "network",
+    ),
+    *("init", "probe_data", "probe_every", "probe_images", "attention", "communication", "shuffle_window", "residual"),
     *(
         "classes",
         "value_range",
@@ -84,6 +95,7 @@ INERT = {
     *((AdversarialConfig, name) for name in ("width", "num_layers", "start")),  # weight 0
     *((ExplicitConfig, name) for name in ("weight", "temperature", "momentum", "hidden_dim", "output_dim")),  # none
     *((DecoderConfig, name) for name in ("depth", "width", "num_heads")),  # not visible_only
+    (CodebookConfig, "target"),  # no --target-features
     *((QuantizerConfig, name) for name in ("levels", "entropy_weight", "entropy_temperature")),  # kind ema
     *((PretrainConfig, "decoder"), (AutoencoderConfig, "num_heads")),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pecobook import recipes
 from pecobook.errors import ConfigError
@@ -26,25 +26,45 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
 from pecobook.utils.given import giving, name_of
 
+if TYPE_CHECKING:
+    from pecobook.engine.stage import Stage
+
 
 def run(command: str, config: TrainConfig, recipe: str = "") -> Path:
     """Train the stage of a command with complete settings; return the run folder.
 
     `recipe` is the name of the recipe from which the settings come, with which config.diff compares them.
     """
-    from pecobook.engine.stage import Stage
-    from pecobook.stages.classify import ClassifyStage
-    from pecobook.stages.codebook import CodebookStage
-    from pecobook.stages.detect import DetectStage
-    from pecobook.stages.moco import MocoStage
-    from pecobook.stages.pretrain import PretrainStage
-    from pecobook.stages.segment import SegmentStage
     from pecobook.stages.training import train
 
-    stages: tuple[type[Stage[Any]], ...]
-    stages = (MocoStage, CodebookStage, PretrainStage, ClassifyStage, SegmentStage, DetectStage)
-    by_command: dict[str, type[Stage[Any]]] = {stage.command: stage for stage in stages}
-    return train(by_command[command], config, recipe)
+    return train(_stage_type(command), config, recipe)
+
+
+def _stage_type(command: str) -> type[Stage[Any]]:
+    """Return the stage of a command; the others are not imported, which would take longer than to start a run."""
+    if command == "contrast":
+        from pecobook.stages.moco import MocoStage
+
+        return MocoStage
+    if command == "codebook":
+        from pecobook.stages.codebook import CodebookStage
+
+        return CodebookStage
+    if command == "pretrain":
+        from pecobook.stages.pretrain import PretrainStage
+
+        return PretrainStage
+    if command == "finetune":
+        from pecobook.stages.classify import ClassifyStage
+
+        return ClassifyStage
+    if command == "segment":
+        from pecobook.stages.segment import SegmentStage
+
+        return SegmentStage
+    from pecobook.stages.detect import DetectStage
+
+    return DetectStage
 
 
 def contrast(recipe: str = DEFAULT_RECIPE, **settings: Unpack[ContrastKeywords]) -> Path:

@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.config_files import read_config
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
 from pecobook.utils.parent import end_with_parent
-from pecobook.utils.printer import show
+from pecobook.utils.printer import doing, show
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and the claim of each",
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if sys.platform == "win32":
         sys.exit("pecobook: Windows is not supported: use Linux within Windows (WSL), where GPUs work too.")
     end_with_parent()
+    _hide_warnings()
     try:
         try:
             dispatch(args)
@@ -78,6 +80,16 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         show("pecobook: interrupted.")
         sys.exit(130)
+    finally:
+        doing("")
+
+
+def _hide_warnings() -> None:
+    """Hide warnings of libraries, of several lines each, that a user can do nothing about."""
+    # timm's interpolation of tables of relative positions, for another image size, uses what PyTorch will remove.
+    warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
+    # A file of weights that another version of pickle wrote is read all the same, or refused with an error.
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 
 # What a user can do about an error of the operating system.
@@ -152,6 +164,8 @@ def dispatch(args: list[str]) -> None:
     except ConfigError as error:  # all ranks have it
         error.on_all_ranks = True
         raise
+    if "torch" not in sys.modules and printing_rank() == 0:
+        doing("loading PyTorch", after=0)
     if command in RECIPES:
         with from_the_start(until_exit=True):
             from pecobook.api import run

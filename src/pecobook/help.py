@@ -35,7 +35,7 @@ def page(command: str, config: Any, recipe: str = "") -> str:
     lines.append(f"flags (defaults of recipe {recipe})" if recipe else "flags")
     types, texts = flags(type(config)), explanations(type(config))
     for name in content.flags.split():
-        ending = _default(attrgetter(field_name(name))(config), types[name])
+        ending = default_of(attrgetter(field_name(name))(config), types[name])
         lines.append(_cut(f"  --{name:<24} {first_sentence(texts[name])}", ending))
     lines.append(f"  --config FILE              {_CONFIG}")
     return "\n".join([*lines, "", f"--help-all explains all {len(types) + 1} flags."])
@@ -51,7 +51,7 @@ def every_flag(command: str, config: Any, recipe: str = "") -> str:
             group = head
             lines += ["", _wrapped(f"{group}: {inspect.getdoc(type(attrgetter(field_name(group))(config)))}", "")]
         off = f", --{head}{'.' if head else ''}no-{leaf}" if is_switch(kind) else ""
-        default = _default(attrgetter(field_name(name))(config), kind)
+        default = default_of(attrgetter(field_name(name))(config), kind)
         lines += ["", f"  --{name}{off}", _wrapped(texts[name] + default, "      ")]
     return "\n".join([*lines, "", "  --config FILE", _wrapped(_CONFIG, "      ")])
 
@@ -71,7 +71,7 @@ def _wrapped(text: str, indent: str, first: str | None = None) -> str:
     return textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def _default(value: Any, kind: Any) -> str:
+def default_of(value: Any, kind: Any) -> str:
     """Return the default and the other choices in brackets, or an empty text for a default of nothing."""
     if typing.get_origin(kind) is Literal:
         return f" ({value}; or {', '.join(str(choice) for choice in typing.get_args(kind) if choice != value)})"

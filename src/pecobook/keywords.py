@@ -84,6 +84,7 @@ class CompileTrainKeywords(TrainKeywords, total=False):
     """As CompileTrainConfig."""
 
     compile: bool
+    compile_mode: Literal["default", "max-autotune"]
 
 
 class CropTrainKeywords(CompileTrainKeywords, total=False):
@@ -193,6 +194,7 @@ class PerceptualKeywords(PerceptualDistanceKeywords, total=False):
     """As PerceptualConfig."""
 
     weight: float
+    also: Sequence[Text]
     warmup: int
 
 
@@ -216,6 +218,14 @@ class ExplicitKeywords(TypedDict, total=False):
     output_dim: int
 
 
+class TargetKeywords(TypedDict, total=False):
+    """As TargetConfig."""
+
+    layer: Text
+    weights: Text
+    input_size: int
+
+
 class CodebookKeywords(CropTrainKeywords, total=False):
     """The keywords of `codebook`."""
 
@@ -224,10 +234,18 @@ class CodebookKeywords(CropTrainKeywords, total=False):
     perceptual: Any
     adversarial: AdversarialKeywords
     explicit: ExplicitKeywords
+    target_features: Text
+    target: TargetKeywords
     pixel_weight: float
     balance: bool
     transform: Callable[[Any], Any] | None
     on_step: Callable[[Any], object] | None
+
+
+class ResidualKeywords(TypedDict, total=False):
+    """As ResidualConfig."""
+
+    residual: Literal["fp32", "bf16"]
 
 
 class DecoderKeywords(TypedDict, total=False):
@@ -253,7 +271,7 @@ class PhotometricKeywords(JitterKeywords, total=False):
     solarise: float
 
 
-class PretrainKeywords(ProbedTrainKeywords, total=False):
+class PretrainKeywords(ProbedTrainKeywords, ResidualKeywords, total=False):
     """The keywords of `pretrain`."""
 
     tokenizer: Any
@@ -291,7 +309,7 @@ class OptimKeywords(BaseOptimKeywords, total=False):
     layer_decay: float
 
 
-class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, total=False):
+class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, ResidualKeywords, total=False):
     """The keywords of `finetune`."""
 
     mixup: float
@@ -299,6 +317,7 @@ class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, 
     label_smoothing: float
     rand_augment: Text
     random_erasing: float
+    repeats: int
     average: float
     eval_crop: float
     optim: OptimKeywords  # type: ignore[misc]

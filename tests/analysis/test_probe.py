@@ -8,6 +8,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from pecobook.analysis import logistic
+from pecobook.analysis import probe as probing
 from pecobook.analysis.probe import binomial_error, knn_probe, linear_probe, paired_difference, wilson_interval
 from pecobook.errors import DataError
 
@@ -155,3 +157,46 @@ def test_paired_difference_edges() -> None:
     assert paired_difference(torch.ones(4).bool(), torch.ones(4).bool()) == pytest.approx((0, 100 / 6))
     with pytest.raises(ValueError, match="equally long"):
         paired_difference(np.ones(3), np.ones(4))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 119])
+@pytest.mark.parametrize("half", [False, True])
+def test_knn__in_tiles_equals_the_whole(tile: int, half: bool) -> None:
+    x, y = blobs(120, 6, 5, 0, noise=2.0)
+    test, test_y = blobs(70, 6, 5, 1, noise=2.0)
+    train = torch.from_numpy(x).half() if half else torch.from_numpy(x)
+    features = probing._Features(train), probing._Features(test)
+    whole, tiled = (probing._neighbours(*features, 20, chunk=16, tile=n) for n in (120, tile))
+    assert torch.equal(whole[1], tiled[1])
+    torch.testing.assert_close(whole[0], tiled[0], rtol=0, atol=2e-7)  # products of other shapes round otherwise
+    results = [knn_probe(train, y, test, test_y, chunk=16, tile=n) for n in (120, tile)]
+    np.testing.assert_array_equal(results[0].correct, results[1].correct)
+    assert results[0].setting == results[1].setting
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_linear_probe__in_parts_equals_scikit_learn(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs(400, classes, 12, 0, noise=1.5)
+    test, test_y = blobs(300, classes, 12, 1, noise=1.5)
+    whole = linear_probe(x, y * 10 - 3, test, test_y * 10 - 3)
+    monkeypatch.setattr(probing, "_LARGE", 100)
+    monkeypatch.setattr(logistic, "_VALUES", 500)  # 38 images at a time
+    parts = linear_probe(torch.from_numpy(x), y * 10 - 3, test, test_y * 10 - 3)
+    assert parts.setting["C"] == whole.setting["C"]
+    assert parts.setting["iterations"] < 200
+    assert (parts.correct == whole.correct).mean() >= 0.99
+    peer = make_peer(x, y, float(whole.setting["C"]))
+    mean, scale = x.mean(0), x.std(0)
+    ours = logistic.LogisticRegression(
+        lambda rows: ((x[rows] - mean) / scale).astype(np.float32), y, 12, c=float(whole.setting["C"]), max_iter=200
+    )
+    weights = ours._weights.numpy()
+    if classes == 2:  # one vector stands for the difference of two
+        weights = weights[1:] - weights[:1]
+    np.testing.assert_allclose(weights[:, :-1], peer.coef_, atol=2e-3)
+
+
+def make_peer(x: Any, y: Any, c: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=c, tol=1e-8, max_iter=1000).fit((x - x.mean(0)) / x.std(0), y)

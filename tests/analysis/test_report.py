@@ -1,6 +1,8 @@
 """The page is one file, escapes all contents, and is small enough to send by mail."""
 
+import base64
 import dataclasses
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pecobook.analysis import report as module
 from pecobook.analysis.report import Picture, Report, Section, Table, fit, render, write_report
 from pecobook.errors import PecobookError
 
@@ -80,6 +83,18 @@ def test_group_rows_span_the_table_and_numbers_stay_with_their_errors() -> None:
     assert "5.9\u00a0±\u00a00.6\u00a0points, the control’s" in html
 
 
+def test_a_picture_of_tiles_brings_the_one_script_that_the_page_allows() -> None:
+    picture = Picture(png(), "", "atlas", tiles={"codeword": [1], "classes": ["</script><b>"]})
+    html = render(Report("x", sections=(Section("s", pictures=(picture,)),)))
+    script = html[html.rindex("<script>") + len("<script>") : html.rindex("</script>")]
+    assert script == (Path(module.__file__).parent / "templates" / "atlas.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in html
+    assert read(html).tags.count("script") == 2  # the data of the tiles, and the script
+    assert "<b>" not in html
+    assert "script-src" not in render(Report("x", sections=(Section("s", pictures=(Picture(png(), "", "plain"),)),)))
+
+
 def test_write_report_makes_one_file_and_replaces_it(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "folder"
     first = write_report(out, full("one"))
@@ -114,7 +129,7 @@ def test_errors_name_the_mistake() -> None:
 
 def test_the_template_refuses_undefined_names() -> None:
     class Half:
-        title = "half"
+        title, sections = "half", ()
 
     with pytest.raises(jinja2.UndefinedError):
         render(Half())  # type: ignore[arg-type]

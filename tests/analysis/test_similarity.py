@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
+from pecobook.analysis.codebook_map import grid_cells, nearest_used, project_to_plane
 from pecobook.analysis.similarity import (
     agreement,
     code_distance,
@@ -141,12 +140,19 @@ def test_project_to_plane__keeps_clusters_together() -> None:
     first, second = plane[:30].mean(0), plane[30:].mean(0)
     assert np.linalg.norm(first - second) > 2 * np.linalg.norm(plane[:30] - first, axis=1).mean()
     assert np.array_equal(project_to_plane(book), plane)
-    usage = np.arange(60) - 3
-    assert map_picture(plane, usage, title="usage").startswith(b"\x89PNG")
-    classes = usage % 3 - (usage < 3)
-    few, many = (
-        Image.open(io.BytesIO(map_picture(plane, classes, title="classes", classes=names)))
-        for names in (("cat", "_dog$", "cow"), [f"class {number}" for number in range(21)])
-    )
-    assert few.height > many.height + 20  # names of a few classes stand below the map
     assert project_to_plane(torch.randn(3, 1)).shape == (3, 2)
+
+
+def test_grid_cells__keep_neighbours_and_use_each_cell_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shuffled grid is put in order again; a plane of two clusters becomes two halves."""
+    monkeypatch.setattr("pecobook.analysis.codebook_map._MATCHED", 64)
+    cells = np.stack(np.divmod(np.arange(256), 16), 1)
+    order = np.random.default_rng(0).permutation(256)
+    plane = cells[:, ::-1].astype(np.float32)
+    assert np.array_equal(grid_cells(plane[order]), cells[order])
+    clusters = np.random.default_rng(1).normal(size=(190, 2)).astype(np.float32) + np.repeat([[0, 0], [50, 0]], 95, 0)
+    found = grid_cells(clusters.astype(np.float32))
+    assert len(np.unique(found, axis=0)) == 190
+    assert found.max(0).tolist() == [13, 13]  # 190 codewords need 14 rows of 14, and leave the end of the last one free
+    assert found[:95, 1].max() <= found[95:, 1].min() + 1
+    assert grid_cells(np.zeros((1, 2), np.float32)).tolist() == [[0, 0]]

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
 from tests.campaign.materials import Materials
 from tests.campaign.subjects import changed
@@ -134,12 +134,11 @@ def _explorer(materials: Materials) -> Iterator[str]:
                 yield f"explorer does not start: {log.read_text()[-300:]}"
                 return
             time.sleep(0.1)
-        event = _load_event(port)
         usages = [_Usage(server.pid)]
         yield usages[0].row("explorer, before a request")
         began = time.monotonic()
         for done in range(_AT_ONCE, _REQUESTS + 1, _AT_ONCE):
-            failures = _visit(port, event, done)
+            failures = _visit(port)
             usages.append(_Usage(server.pid))
             yield usages[-1].row(f"explorer, {done} requests{f', {failures} failed' if failures else ''}")
         yield f"{_REQUESTS} requests, {_AT_ONCE} at once, in {time.monotonic() - began:.0f} s: " + _verdict(
@@ -150,10 +149,10 @@ def _explorer(materials: Materials) -> Iterator[str]:
         server.wait()
 
 
-def _request(port: int, method: str, path: str, body: str | None = None) -> bytes:
+def _request(port: int, path: str) -> bytes:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
-        connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+        connection.request("GET", path)
         answer = connection.getresponse()
         content = answer.read()
         if answer.status != 200:
@@ -163,27 +162,18 @@ def _request(port: int, method: str, path: str, body: str | None = None) -> byte
         connection.close()
 
 
-def _load_event(port: int) -> tuple[int, list[Any]]:
-    """Return the number of the event that a page sends when it is loaded, and its inputs."""
-    config = json.loads(_request(port, "GET", "/config"))
-    values = {component["id"]: component["props"].get("value") for component in config["components"]}
-    loads = [event for event in config["dependencies"] if any(kind == "load" for _, kind in event["targets"])]
-    return loads[0]["id"], [values[number] for number in loads[0]["inputs"]]
-
-
-def _visit(port: int, event: tuple[int, list[Any]], number: int) -> int:
+def _visit(port: int) -> int:
     """Let visitors load the page at the same time; return how many did not get the pictures."""
     failed: list[int] = []
 
     def visitor(index: int) -> None:
-        session = f"visitor{number}-{index}"
         try:
-            _request(port, "GET", "/")
-            body = {"data": event[1], "fn_index": event[0], "session_hash": session}
-            _request(port, "POST", "/gradio_api/queue/join", json.dumps(body))
-            answer = _request(port, "GET", f"/gradio_api/queue/data?session_hash={session}")
-            if b'"success":true' not in answer.replace(b" ", b""):
-                failed.append(index)
+            _request(port, "/")
+            name = quote(json.loads(_request(port, "/api/setup"))["tokenizers"][0]["name"])
+            images = json.loads(_request(port, "/api/images?page=0"))["images"]
+            image = images[index % len(images)]["image"]
+            for path in ("/api/image?", "/picture?kind=restored&", "/picture?kind=error&"):
+                _request(port, f"{path}tokenizer={name}&image={image}")
         except OSError:
             failed.append(index)
 

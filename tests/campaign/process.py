@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pecobook import cli
 from pecobook.errors import PecobookError
 
-_IMPORTED = (
+IMPORTED = (
     *(f"pecobook.commands.{name}" for name in ("analyze", "check", "demo", "predict", "reproduce", "tokenize")),
     *(
         f"pecobook.stages.{name}"
@@ -34,7 +35,7 @@ def warm_up() -> None:
     """Import what commands import. Raises RuntimeError when this process has threads, which no fork would have."""
     import torch
 
-    for name in _IMPORTED:
+    for name in IMPORTED:
         importlib.import_module(name)
     torch.set_num_threads(1)
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
@@ -138,15 +139,15 @@ def _become(
     code = 70
     try:
         os.setsid()
-        _die_with(parent)
-        _redirect(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC))
+        die_with(parent)
+        redirect(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC))
         os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["pecobook", *words]
         _fork_jobs()
         if prepare is not None:
             prepare()
-        code = _exit_code(words)
+        code = exit_code(words)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -156,7 +157,7 @@ def _become(
         os._exit(code)
 
 
-def _redirect(file: int) -> None:
+def redirect(file: int) -> None:
     """Write standard output and standard error to a file, also where pytest has replaced them."""
     null = os.open(os.devnull, os.O_RDONLY)
     for number, target in ((0, null), (1, file), (2, file)):
@@ -166,19 +167,17 @@ def _redirect(file: int) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Let the kernel kill this process when the campaign ends, however it ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(70)
 
 
-def _exit_code(words: list[str]) -> int:
+def exit_code(words: list[str], program: Callable[[list[str]], object] = cli.main) -> int:
     """Run a command as `python -m pecobook` does, with the functions that Python calls at exit."""
-    from pecobook.cli import main
-
     try:
-        main(words)
+        program(words)
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -209,13 +208,13 @@ class ForkedJob:
             try:
                 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
                     signal.signal(number, signal.SIG_DFL)
-                _redirect(stdout.fileno())
+                redirect(stdout.fileno())
                 os.environ.update(env)
                 if preexec_fn is not None:
                     preexec_fn()
                 words = command[command.index("pecobook") + 1 :]
                 sys.argv = ["pecobook", *words]
-                code = _exit_code(words)
+                code = exit_code(words)
             finally:
                 os._exit(code)
 

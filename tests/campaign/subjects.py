@@ -20,7 +20,7 @@ from tests.campaign.materials import Materials
 from tests.campaign.process import Process
 
 TRAININGS = ("contrast", "codebook", "pretrain", "finetune", "segment", "detect")
-_TIMES = ("images_per_second", "data_wait", "seconds")
+_TIMES = ("images_per_second", "data_wait", "tflops", "mfu", "seconds")
 
 
 @dataclasses.dataclass

@@ -30,8 +30,7 @@ from pecobook.commands.analyze.measure import at_most_fifty
 from pecobook.commands.masked_run import load_masked_run
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
-from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
-from pecobook.models.export import write_export
+from pecobook.errors import PreflightError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.images import to_float
@@ -174,7 +173,6 @@ def test_analyze__without_labels_says_so(unlabelled_images: Path, codebook_run: 
     assert metrics["codeword_probe"] is None
     assert metrics["bag_probe"] is None
     assert set(metrics["information"]) == {"colour", "edges"}
-    assert "map-classes" not in metrics["pictures"]
     assert "have no labels" in page
     assert set(metrics) >= CONTRACT
 
@@ -300,36 +298,6 @@ def test_analyze__refuses_a_perceptual_network_for_larger_images(
         )
 
 
-def test_open_classifier__refuses_other_classes(images: Path, vit_run: Path, tmp_path: Path) -> None:
-    splits = open_images(str(images))
-
-    def opened(name: str, weights: str = "") -> None:
-        open_classifier(AnalyzeConfig(data=str(images), classifier=name, classifier_weights=weights), splits)
-
-    with pytest.raises(ConfigError, match="is not a finetune run"):
-        opened(str(vit_run))
-    other = train("finetune", images, tmp_path / "classifier", backbone=str(vit_run))
-    settings = json.loads((other / "export" / "config.json").read_text())
-    settings["classes"] = ["blue", "green", "yellow"]
-    (other / "export" / "config.json.sha256").unlink()
-    (other / "export" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="does not have the class 'red'"):
-        opened(str(other))
-    import timm
-    from safetensors.torch import save_file
-
-    network = timm.create_model("resnet10t", num_classes=5)
-    save_file(network.state_dict(), tmp_path / "five.safetensors")
-    with pytest.raises(PecobookError):
-        opened("timm:resnet10t", str(tmp_path / "five.safetensors"))
-    bare = Path(tmp_path / "bare")
-    bare.mkdir()
-    Image.new("RGB", (20, 20)).save(bare / "a.png")
-    Image.new("RGB", (20, 20)).save(bare / "b.png")
-    with pytest.raises(DataError, match="has no labels"):
-        open_classifier(AnalyzeConfig(data=str(bare), classifier="timm:resnet10t"), open_images(str(bare)))
-
-
 def test_analyze__lists_all_problems_before_it_writes(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     with pytest.raises(PreflightError) as caught:
         pecobook.analyze(
@@ -385,18 +353,3 @@ def test_unique_names__are_the_names_of_the_folders() -> None:
 @pytest.mark.parametrize("name", ["a", "../../etc/passwd", "😀", "<script>", "x" * 300, ""])
 def test_file_part__is_safe(name: str) -> None:
     assert re.fullmatch(r"3-[\w.-]{0,60}", file_part(3, name), flags=re.ASCII)
-
-
-def test_open_classifier__refuses_a_segmenter(images: Path, tmp_path: Path) -> None:
-    pyramid = {"name": "resnet10t", "args": {}, "mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "window": 0}
-    segmenter = {
-        "kind": "segmenter",
-        "pyramid": pyramid,
-        "classes": ["blue", "green", "red"],
-        "width": 0,
-        "image_size": 32,
-    }
-    write_export(tmp_path, segmenter, {"x": torch.zeros(1)}, "")
-    config = AnalyzeConfig(data=str(images), classifier=str(tmp_path))
-    with pytest.raises(ConfigError, match="is not a finetune run: it is a segmenter"):
-        open_classifier(config, open_images(str(images)))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pecobook.analysis.codewords import GalleryRow, code_usage
-from pecobook.commands.analyze import pictures as module
-from pecobook.commands.analyze.pictures import pictures_of
+from pecobook.analysis.atlas import Atlas
+from pecobook.analysis.codewords import GalleryRow, class_shares, code_usage
+from pecobook.commands.analyze.pictures import galleries, pictures_of
 from tests.commands.test_analyze import run
 from tests.runs import codebook_run, vit_run
 
@@ -38,7 +37,7 @@ def test_analyze__a_run_called_original_has_a_separate_column(
         assert rows < 3 * height / width < 1.25 * rows  # three columns of square pictures with titles
 
 
-def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> dict[str, bytes]:
+def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> tuple[dict[str, bytes], Atlas]:
     """Draw the pictures of 100 codewords on a line, of which the first and the last are in use."""
     codes = torch.zeros(8, 2, 2, dtype=torch.long)
     codes[0, 0, 0] = 99
@@ -50,15 +49,15 @@ def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> dic
 def test_pictures_of__finds_used_neighbours_among_all_codewords(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[tuple[int, int, int, list[tuple[int, int, int]]]]] = []
 
-    def record(rows: list[GalleryRow]) -> bytes:
+    def record(rows: list[GalleryRow], _: object = None) -> bytes:
         drawn.append(
             [(row.codeword, row.count, row.images, [(p.image, p.row, p.column) for p in row.patches]) for row in rows]
         )
         return b""
 
     monkeypatch.setattr("pecobook.analysis.figures.gallery_picture", record)
-    assert set(pictures()) == {"gallery", "positions", "neighbours", "map-usage"}
-    first, neighbours = drawn
+    assert set(pictures()[0]) == {"gallery", "gallery-ranked", "positions", "neighbours", "atlas"}
+    first, _, neighbours = drawn
     assert {row[:3] for row in first} == {(0, 31, 8), (99, 1, 1)}
     assert [row[:3] for row in neighbours] == [
         (0, 31, 8),
@@ -70,19 +69,31 @@ def test_pictures_of__finds_used_neighbours_among_all_codewords(monkeypatch: pyt
     assert (0, 0, 0) not in neighbours[0][3]
 
 
-def test_pictures_of__maps_name_classes_and_omitted_codewords(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[list[int], str, tuple[str, ...]]] = []
+def test_pictures_of__the_atlas_knows_classes_and_unused_codewords() -> None:
+    _, atlas = pictures(torch.full((8,), 2), ("blue", "green", "red"))
+    assert (sorted(atlas.codewords.tolist()), atlas.num_codewords) == ([0, 99], 100)
+    # All patches have the third class, although no patch has another class.
+    assert [share and share.name for share in atlas.classes] == ["red", "red"]
+    assert pictures()[1].classes == (None, None)
 
-    def record(_: Any, values: Any, *, title: str, classes: tuple[str, ...] = ()) -> bytes:
-        drawn.append((sorted(set(values.tolist())), title, classes))
+
+def test_galleries__rank_by_class_lift_or_else_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codeword 5 is in all images of "red" alone; codeword 0 fills all other places."""
+    drawn: list[list[int]] = []
+
+    def record(rows: list[GalleryRow], _: object = None) -> bytes:
+        drawn.append([row.codeword for row in rows])
         return b""
 
-    monkeypatch.setattr(module, "map_picture", record)
-    pictures(torch.full((8,), 2), ("blue", "green", "red"))
-    monkeypatch.setattr(module, "_MAX_ON_MAP", 40)
-    pictures()
-    complete, by_class, part = drawn
-    assert complete[1] == "coloured by usage"
-    assert by_class[0] == [-1, 2]  # all patches have the third class, although no patch has another class
-    assert by_class[2] == ("blue", "green", "red")
-    assert part[1] == "coloured by usage\nthe 40 most used of 100 codewords"
+    monkeypatch.setattr("pecobook.analysis.figures.gallery_picture", record)
+    codes = torch.zeros(8, 2, 2, dtype=torch.long)
+    codes[:4, 0, 0] = 5
+    labels = torch.tensor([1] * 4 + [0] * 4)
+    usage = code_usage(codes, 10)
+    shares = class_shares(codes, labels, 10, ["blue", "red"])
+    galleries(torch.rand(8, 3, 8, 8), codes, usage, shares, seed=0)
+    galleries(torch.rand(8, 3, 8, 8), codes, usage, None, requested=(7,), seed=0)
+    (_, by_lift, requested, by_use) = drawn
+    assert by_lift == [5, 0]
+    assert requested[0] == 7
+    assert by_use == [0, 5]

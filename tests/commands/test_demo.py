@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,7 @@ from pecobook.errors import PreflightError
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import to_dict
 from pecobook.utils.files import write_json
+from tests import forked
 
 
 def test_plan__codebooks_differ_only_in_the_perceptual_network(tmp_path: Path) -> None:
@@ -40,7 +44,12 @@ def test_plan__every_run_follows_the_runs_that_it_needs(tmp_path: Path, budget: 
     assert len(earlier) == 6
 
 
-def test_demo__writes_results_pictures_and_report(tmp_path: Path, images: Path) -> None:
+def test_demo__writes_results_pictures_and_report(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = itertools.chain([subprocess.Popen], itertools.repeat(forked.Job))
+    module = SimpleNamespace(Popen=lambda *words, **options: next(starts)(*words, **options), STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr("pecobook.commands.jobs.subprocess", module)
     out = tmp_path / "demo"
     config = DemoConfig(data=str(images), out=str(out), length=0.02, max_train=16, max_test=8, budget="cpu")
     report = demo(config)

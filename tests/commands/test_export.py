@@ -180,7 +180,8 @@ def test_export__refuses(vit_run: Path, codebook_run: Path, tmp_path: Path) -> N
         export(ExportConfig(run=str(vit_run), out=str(tmp_path / "full")))
 
 
-@pytest.mark.parametrize("kind", ["vit", "beit"])
+# test_export_files.py compares the masks of a ViT.
+@pytest.mark.parametrize("kind", [pytest.param("vit", marks=pytest.mark.slow), "beit"])
 def test_segmenter__onnx_gives_the_same_scores(kind: str, vit_run: Path, beit_run: Path, tmp_path: Path) -> None:
     """The size differs from the backbone's own size, so that its positional embeddings were interpolated."""
     import onnxruntime

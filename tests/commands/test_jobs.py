@@ -102,7 +102,7 @@ for name in ("config.json", "environment.json"):
     (out / name).write_text("{{}}")
 if "fails" in out.name:
     sys.exit("no luck")
-time.sleep(60 if "long" in out.name else 0.5)
+time.sleep(60 if "long" in out.name else 0.3)
 (out / "export" / "config.json").write_text("{{}}")
 """
 
@@ -114,6 +114,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(_RUN.format(python=sys.executable))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr("pecobook.commands.jobs._PERIOD", 0.05)
     return tmp_path
 
 
@@ -138,7 +139,7 @@ def test_run_all__gives_each_run_its_own_slot(
     if len(slots) > 1:
         assert processes["a"]["cores"] != processes["b"]["cores"]
     last_began = max(processes[name]["began"] for name in "abc")
-    assert processes["d"]["began"] > last_began + 0.5, "d must start after all jobs that it needs"
+    assert processes["d"]["began"] > last_began + 0.3, "d must start after all jobs that it needs"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -199,7 +200,7 @@ def test_run_all__waits_for_a_run_that_another_process_has_begun(runs: Path) -> 
     lock = FolderLock(runs / "a")  # as of a run that was started by hand, or of one whose starter was killed
 
     def end() -> None:
-        time.sleep(2)
+        time.sleep(0.5)
         (runs / "a" / "export").mkdir()
         (runs / "a" / "export" / "config.json").write_text("{}")
         lock.release()

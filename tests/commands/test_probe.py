@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,23 @@ def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run:
         probe(data=str(images), backbone=str(vit_run / "export" / "model.safetensors"))
 
 
-def test_probe__of_a_tokenizer_reads_its_codewords(images: Path, codebook_run: Path) -> None:
+def test_probe__of_a_tokenizer_reads_its_codewords(
+    images: Path, codebook_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = probe(data=str(images), backbone=str(codebook_run))
     assert set(results["linear"]["layers"]) == {"mean codeword", "bag of codes"}
+    probing = sys.modules["pecobook.commands.probe"]  # the package has a function of this name
+    # Of many images a part chooses the features, and the others are not kept of all.
+    monkeypatch.setattr(probing, "_EVERY_LAYER", 18)
+    kept: list[tuple[set[str], int]] = []
+
+    def note(*arguments: Any) -> Any:
+        features, labels = extract(*arguments)
+        kept.append((set(features), len(next(iter(features.values())))))
+        return features, labels
+
+    monkeypatch.setattr(probing, "extract", note)
+    again = probe(data=str(images), backbone=str(codebook_run))
+    assert set(again["linear"]["layers"]) == {"mean codeword", "bag of codes"}
+    chosen = {again["linear"]["features"]}
+    assert kept == [({"mean codeword", "bag of codes"}, 18), (chosen, 22), (chosen, 2)]

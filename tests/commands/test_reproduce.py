@@ -13,6 +13,7 @@ import statistics
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -179,13 +180,13 @@ def test_rehearsal__estimates_by_kind_of_run_and_writes_below_its_own_folder() -
     assert moved == {"a": "/z/one", "b": ["/x/runs"], "c": {"d": "/y"}}
 
 
-def small_budget() -> Budget:
+def small_budget(small: dict[str, dict[str, Any]] = SMALL) -> Budget:
     """The tiny budget with networks of a few thousand weights."""
     tiny = make_budget("tiny")
     return dataclasses.replace(
         tiny,
-        contrast={name: replace(config, SMALL["contrast"]) for name, config in tiny.contrast.items()},
-        codebook=replace(tiny.codebook, SMALL["codebook"]),
+        contrast={name: replace(config, small["contrast"]) for name, config in tiny.contrast.items()},
+        codebook=replace(tiny.codebook, small["codebook"]),
         layers={**tiny.layers, "resnet": (1, 2)},
     )
 

@@ -165,18 +165,21 @@ def test_transfer_figures__of_finished_jobs(tmp_path: Path) -> None:
     assert job_seconds(attack) == 12.5
 
 
+SHORT = {command: {**settings, "max_steps": "3"} for command, settings in SMALL.items()}
+
+
 def smallest_budget() -> Budget:
     """`small_budget` with ViTs, segmentation and detection of a few thousand weights as well."""
-    budget = small_budget()
-    base, pretrain = budget.vits["base"], SMALL["pretrain"]
+    budget = small_budget(SHORT)
+    base, pretrain = budget.vits["base"], SHORT["pretrain"]
     runs = VitRuns(
         replace(base.pretrain, pretrain),
         replace(base.mae, {**pretrain, "drop_path": 0.0, "decoder": {"depth": 1, "width": 32, "num_heads": 2}}),
-        replace(base.moco, SMALL["contrast"]),
-        replace(base.finetune, SMALL["finetune"]),
+        replace(base.moco, SHORT["contrast"]),
+        replace(base.finetune, SHORT["finetune"]),
         {},
     )
-    dense = {name: replace(config, SMALL[name]) for name, config in budget.dense.items()}
+    dense = {name: replace(config, SHORT[name]) for name, config in budget.dense.items()}
     visible = dataclasses.replace(runs, pretrain=dataclasses.replace(runs.mae, target="tokens"))
     return dataclasses.replace(budget, vits={"base": runs, "visible": visible}, dense=dense)
 

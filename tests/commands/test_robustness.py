@@ -55,7 +55,7 @@ def test_attacked_classifier__sees_the_classes_of_the_data_alone(classifier_run:
     config = PredictConfig(run=str(classifier_run))
     every = robustness.AttackedClassifier(config, ("blue", "green", "red"))
     two = robustness.AttackedClassifier(config, ("red", "blue"))
-    pixels = torch.rand(2, 3, every.size, every.size)
+    pixels = torch.rand(2, 3, 16, 16)
     assert torch.equal(two.logits(pixels), every.logits(pixels)[:, [2, 0]])
     with pytest.raises(ConfigError, match="does not have the class 'pink' of"):
         robustness.AttackedClassifier(config, ("pink", "blue"))

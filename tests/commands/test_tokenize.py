@@ -6,12 +6,9 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
+import resource
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from pecobook.recipes import recipe
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.stages.pretrain import PretrainStage, encode_views
 from pecobook.utils.images import to_float
+from tests import forked
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, codebook_run, export_bytes, losses, train
 
@@ -244,12 +242,8 @@ def test_tokenize__lists_bad_images_and_pretraining_leaves_them_out(
     assert losses(run) == losses(online)
 
 
-_FEW_FILES = """
-import resource, sys
-from pecobook.cli import main
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-main()
-"""
+def hold_few_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def test_tokenize__workers_hold_few_files_open(images: Path, codebook_run: Path, tmp_path: Path) -> None:
@@ -259,10 +253,7 @@ def test_tokenize__workers_hold_few_files_open(images: Path, codebook_run: Path,
         shutil.copytree(images / "red", data / str(index))
     words = ["tokenize", "tiny", "--data", str(data), "--tokenizer", str(codebook_run), "--image-size", "16"]
     words += ["--batch-size", "64", "--precision", "fp32", "--workers", "2", "--out", str(tmp_path / "bank")]
-    done = subprocess.run(
-        [sys.executable, "-c", _FEW_FILES, *words], capture_output=True, text=True, check=False, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
+    forked.run(words, tmp_path / "log", prepare=hold_few_files)
 
 
 @pytest.mark.parametrize(
@@ -293,28 +284,27 @@ def test_tokenize__does_not_delete_what_is_no_bank(images: Path, codebook_run: P
     assert (codebook_run / "export" / "model.safetensors").exists()
 
 
+def write_short_shards() -> None:
+    tokens.SHARD_IMAGES = 2
+
+
 def test_command__killed_and_resumed_writes_the_same_bank(images: Path, codebook_run: Path, tmp_path: Path) -> None:
-    program = "from pecobook.data import tokens; tokens.SHARD_IMAGES = 2; from pecobook.cli import main; main()"
     words = ["tokenize", "tiny", "--data", str(images), "--tokenizer", str(codebook_run), "--image-size", "16"]
-    words += ["--views", "40", "--batch-size", "8", "--precision", "fp32", "--workers", "0"]
-
-    def command(out: Path, *more: str) -> list[str]:
-        return [sys.executable, "-c", program, *words, "--out", str(out), *more]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    words += ["--views", "40", "--batch-size", "8", "--precision", "fp32", "--workers", "0", "--out"]
+    forked.run([*words, str(tmp_path / "whole")], tmp_path / "log", prepare=write_short_shards)
     out = tmp_path / "killed"
-    with subprocess.Popen(command(out), stderr=subprocess.PIPE) as process:
-        stop = time.monotonic() + 120
-        while len(list(out.glob("train/codes-*.npy"))) < 2:
-            assert process.poll() is None
-            assert time.monotonic() < stop
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+    process = forked.start([*words, str(out)], tmp_path / "log", prepare=write_short_shards)
+    stop = time.monotonic() + 120
+    while len(list(out.glob("train/codes-*.npy"))) < 2:
+        assert process.exitcode is None
+        assert time.monotonic() < stop
+        time.sleep(0.002)
+    process.kill()
+    process.join()
     written = len(list(out.glob("train/codes-*.npy")))
     assert written < len(list((tmp_path / "whole" / "train").iterdir()))
-    done = subprocess.run(command(out, "--resume"), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"\n\npecobook pretrain tiny --data {images} --out {out}-vit " in done.stderr
+    forked.run([*words, str(out), "--resume"], tmp_path / "log", prepare=write_short_shards)
+    assert f"\n\npecobook pretrain tiny --data {images} --out {out}-vit " in (tmp_path / "log").read_text()
     assert files(out) == files(tmp_path / "whole")
     assert json.loads((out / "config.json").read_text())["views"] == 40
 

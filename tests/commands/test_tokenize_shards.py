@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,11 @@ from pecobook.data.tokens import TokenBank
 from pecobook.errors import ConfigError, DataError, RunFolderError
 from pecobook.settings.tokenize import TokenizeConfig
 from pecobook.utils.folder_lock import FolderLock
-from tests.commands.test_tokenize import _COMMON, _VIEWS, broken_copy, files, make_bank
+from tests import forked
+from tests.commands.test_tokenize import _COMMON, _VIEWS, broken_copy, files, make_bank, write_short_shards
 from tests.runs import codebook_run
 
 __all__ = ["codebook_run"]  # the fixture
-
-_PROGRAM = "from pecobook.data import tokens; tokens.SHARD_IMAGES = 2; from pecobook.cli import main; main()"
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +60,15 @@ def test_parts_in_any_order_make_the_bank_of_one_process(
 def test_tasks_at_once_make_one_bank_and_the_last_reports_it(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     whole, out = make_bank(images, codebook_run, tmp_path / "whole"), tmp_path / "bank"
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings(images, codebook_run, out).items()]
-    command = [sys.executable, "-c", _PROGRAM, "tokenize", "tiny", *words]
+    logs = {part: tmp_path / f"{part}.txt" for part in (1, 2, 3)}
     tasks = [
-        subprocess.Popen([*command, "--shard", f"{part}/3"], stderr=subprocess.PIPE, text=True) for part in (1, 2, 3)
+        forked.start(["tokenize", "tiny", *words, "--shard", f"{part}/3"], log, prepare=write_short_shards)
+        for part, log in logs.items()
     ]
-    said = [task.communicate(timeout=300)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0, 0], said
+    for task in tasks:
+        task.join(300)
+    said = [log.read_text() for log in logs.values()]
+    assert [task.exitcode for task in tasks] == [0, 0, 0], said
     assert sum("Done: " in text for text in said) >= 1
     assert files(out) == files(whole)
 

@@ -141,11 +141,14 @@ def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 def test_is_remote__knows_addresses_from_paths() -> None:
-    assert all(map(is_remote, ("s3://b/x.tar", "gs://b/x", "https://h/x.tar", "hf://datasets/a/b/x.parquet")))
+    assert all(
+        map(is_remote, ("s3://b/x.tar", "gs://b/x", "https://h/x.tar", "hf://datasets/a/b/x.parquet", "file:///a"))
+    )
     assert not any(map(is_remote, ("hf:owner/name", "/s3/x.tar", "s3:/b/x.tar", "x.tar", "photos")))
 
 
 def test_remote_path__is_a_path_with_an_address() -> None:
+    assert str(RemotePath("file:///a/b.parquet")) == "file:///a/b.parquet"
     path = RemotePath("https://host:80/a/b/train-000.tar")
     assert str(path) == os.fspath(path) == "https://host:80/a/b/train-000.tar"
     assert (path.name, path.suffix, path.parent.name) == ("train-000.tar", ".tar", "b")
@@ -286,6 +289,22 @@ def test_parquet__is_read_by_row_groups(server: Server, tmp_path: Path) -> None:
         open_images(f"{server.url}/set/{{train,test}}-0.parquet").train, partial(_view, size=4), 0, window=20
     )
     assert sorted(int(stream[place]["index"]) for place in range(40)) == list(range(40))
+
+
+def test_parquet__of_this_machine_is_read_without_a_copy_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_parquet(tmp_path / "set", count=40)
+    here = open_images(str(tmp_path / "set"))
+    monkeypatch.setattr("pecobook.data.tables._load_parquet", None)
+    for source in (f"file://{tmp_path}/set", f"file://{tmp_path}/set/*.parquet"):
+        direct = open_images(source)
+        assert not list((tmp_path / "cache").rglob("*.arrow"))  # a row group is read when an image of it is
+        for one, other in ((here.train, direct.train), (here.evaluation, direct.evaluation)):
+            assert labels(one) == labels(other)
+    assert values(here.train) == values(direct.train)
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+    assert direct.train.identify(0).startswith(f"file://{tmp_path}/set/data.parquet row ")
 
 
 def test_parquet__paths_of_images_are_not_followed(server: Server, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,8 @@ from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.loading import Parts
-from pecobook.data.sampler import BatchPositions, key, permute
-from pecobook.data.source import ImageSource, Store
+from pecobook.data.sampler import BatchPositions, key, permute, splitmix64_array
+from pecobook.data.source import ImageSource, Store, hold_out
 from pecobook.data.stream import Numbers, Stream, _Items, collate, default_workers, load, read_all
 from pecobook.data.views import random_crop
 from pecobook.errors import DataError
@@ -213,6 +214,17 @@ def test_stream__an_image_whose_companion_is_missing_is_replaced_as_one_that_can
         assert lacking[position]["beside"].tolist() == [int(lacking[position]["index"]), position // 7]
 
 
+def test_stream__repeats_show_an_image_in_as_many_views_side_by_side() -> None:
+    source = squares(7)
+    plain, stream = Stream(source, view, seed=3), Stream(source, view, seed=3, repeats=3)
+    samples = [stream[position] for position in range(42)]
+    assert [int(sample["index"]) for sample in samples] == [int(plain[place // 3]["index"]) for place in range(42)]
+    for place, sample in enumerate(samples):
+        number = place // 21 * 3 + place % 3
+        assert sample["key"] == key(3, int(sample["index"]), number) >> 1
+    assert len({int(sample["key"]) for sample in samples}) == 42
+
+
 def test_collate__stacks_tensors_and_joins_what_was_skipped() -> None:
     one, other = torch.tensor([1, 2]), torch.tensor([3, 4])
     batch = collate([{"size": one, "skipped": ["x"]}, {"size": other, "skipped": ["y", "z"]}])
@@ -246,6 +258,27 @@ def test_batches_of_ten_million_images_take_no_memory_of_their_own() -> None:
     counts = [sum(map(len, places)) for places in batches]
     assert resident_bytes() - before < 2**24  # a list of them would take 360 MB, and one of pairs a GB
     assert counts == [len(numbers), len(numbers), len(positions) * 4096]
+
+
+def test_hold_out__takes_four_bytes_an_image_and_eight_meanwhile() -> None:
+    def smallest(count: int) -> list[int]:
+        hashes = splitmix64_array(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        return sorted(np.argsort(hashes, kind="stable")[: max(1, count // 10)].tolist())
+
+    for count in (2, 9, 10, 1000, 12_345):
+        splits = hold_out(squares(count, labelled=False))
+        assert splits.evaluation.rows.tolist() == smallest(count)
+        assert sorted([*splits.train.rows.tolist(), *splits.evaluation.rows.tolist()]) == list(range(count))
+    source, count = squares(3 * 10**6, labelled=False), 3 * 10**6
+    tracemalloc.start()
+    try:
+        splits = hold_out(source)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(splits.train) == count - count // 10
+    assert kept < 4.1 * count
+    assert peak < 8 * count + 2**26  # hashes of a million images at a time
 
 
 def test_items__hold_one_split_each_and_every_image_once() -> None:

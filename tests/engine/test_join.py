@@ -18,13 +18,29 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
 from pecobook.engine import join as joining
-from pecobook.engine.join import told_of_lost_processes, watch_children
+from pecobook.engine.join import lists_for_children, told_of_lost_processes, watch_children
 from pecobook.engine.siblings import LostProcessError
 from pecobook.engine.world import World
+from pecobook.utils.printer import of_run
 
 
 def world(rank: int, size: int = 3) -> World:
     return World("torchrun", rank, size, rank, size)
+
+
+def test_lists_for_children__are_found_by_processes_that_the_first_starts() -> None:
+    with lists_for_children(starts_others=False) as none:
+        assert none == ""
+    with lists_for_children(starts_others=True) as folder:
+        assert Path(folder).is_dir()
+        with pytest.MonkeyPatch.context() as child:
+            child.setenv("LOCAL_RANK", "1")
+            child.setenv("WORLD_SIZE", "2")
+            with lists_for_children(starts_others=True) as found:
+                assert found == folder
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()
+    assert "PECOBOOK_LISTS" not in os.environ
 
 
 def agree(store: Store, rank: int, names: dict[int, str]) -> threading.Thread:
@@ -92,6 +108,23 @@ def test_agree__a_signal_while_waiting_ends_soon(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as caught:
         joining._agree(HashStore(), world(0), joining._Limit(world(0), "here:1"))
     assert caught.value.code == 130
+
+
+def test_store__a_process_that_the_first_one_left_alone_says_that_it_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(joining, "stop_requested", lambda: True)
+    monkeypatch.setattr(joining, "_MEET_STOPPED", 0.1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nothing listens
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with of_run(quiet=True), pytest.raises(SystemExit):
+            joining._store(world(1), joining._Limit(world(1), "here:1"))
+    assert capsys.readouterr().err == "Stopped before the first step.\n"
+    with of_run(quiet=True), pytest.raises(SystemExit):  # the first one is there, and says it
+        joining._agree(HashStore(), world(1), joining._Limit(world(1), "here:1"))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pecobook.engine import launch
 from pecobook.engine.launch import deterministic
 from pecobook.engine.world import is_leader
 from pecobook.errors import ConfigError
+from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.training import TrainConfig
 
 
@@ -94,7 +95,7 @@ def test_a_training_imports_neither_torchmetrics_nor_transformers_nor_an_extra(i
         "sys.modules |= dict.fromkeys(('scipy', 'skimage', 'sklearn', 'tensorboard', 'threadpoolctl'))\n"
         f"train('codebook', {str(images)!r}, {str(run)!r}, max_steps='1', loggers=('auto',))\n"
         "assert 'lightning_fabric' in sys.modules\n"
-        "assert not {'torchmetrics', 'transformers'} & sys.modules.keys()\n"
+        "assert not {'torchmetrics', 'transformers', 'pandas', 'pecobook.stages.detect'} & sys.modules.keys()\n"
         "del sys.modules['scipy']; import torchmetrics; assert torchmetrics.__version__"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -104,12 +105,18 @@ def test_a_training_imports_neither_torchmetrics_nor_transformers_nor_an_extra(i
     assert not list(run.glob("events*"))
 
 
-def test_check_communication__fsdp_needs_bf16() -> None:
+def test_check_low_precision__a_residual_stream_in_bf16_needs_bf16() -> None:
+    with pytest.raises(ConfigError, match="--residual bf16: the precision is fp32 here: give --precision bf16 too"):
+        launch.check_low_precision(PretrainConfig(precision="fp32", residual="bf16"))
+    launch.check_low_precision(PretrainConfig(precision="bf16", residual="bf16"))
+
+
+def test_check_low_precision__gathered_weights_in_bf16_need_bf16() -> None:
     low = TrainConfig(precision="fp32", communication="bf16", strategy="fsdp")
     with pytest.raises(ConfigError, match="the precision is fp32: give --precision bf16 too"):
-        launch.check_communication(low)
+        launch.check_low_precision(low)
     for more in ({"strategy": "ddp"}, {"precision": "bf16"}, {"communication": "fp32"}):
-        launch.check_communication(dataclasses.replace(low, **more))  # type: ignore[arg-type]
+        launch.check_low_precision(dataclasses.replace(low, **more))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK"])
@@ -121,6 +128,21 @@ def test_is_leader__only_the_first_process(name: str, monkeypatch: pytest.Monkey
     assert is_leader()  # left from something else: the processes of a run have a world
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not is_leader()
+
+
+@pytest.mark.parametrize(
+    ("device", "enabled", "one_size", "expected"),
+    [
+        ("cuda", False, True, True),
+        ("cuda", False, False, False),
+        ("cuda", True, True, False),
+        ("cpu", False, True, False),
+    ],
+)
+def test_deterministic__or_cudnn_tries_kernels(device: str, enabled: bool, one_size: bool, expected: bool) -> None:
+    with deterministic(torch.device(device), enabled, one_size=one_size):
+        assert torch.backends.cudnn.benchmark is expected
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(("device", "enabled"), [("cuda", True), ("cuda", False), ("cpu", True)])

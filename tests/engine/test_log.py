@@ -300,13 +300,23 @@ def test_open_text_log__appends_and_writes_each_line_once(tmp_path: Path) -> Non
 def test_progress__prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=100, start=90, name="codebook", quiet=False)
     for step in range(91, 101):
-        progress.show(step, {"loss": 0.5, "images_per_second": 1234.0, "data_wait": 0.25, "gpu_memory": 9.87})
+        progress.show(
+            step,
+            {
+                "loss": 0.5,
+                "images_per_second": 1234.0,
+                "data_wait": 0.25,
+                "tflops": 123.4,
+                "mfu": 0.345,
+                "gpu_memory": 9.87,
+            },
+        )
     say("a word")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == "codebook 91/100  loss 0.5000  1234 img/s  data wait 25%  9.9 GB"
+    assert lines[0] == "codebook 91/100  loss 0.5000  1234 img/s  data wait 25%  123 TFLOP/s  MFU 34%  9.9 GB"
     assert lines[1].startswith("codebook 100/100  ")  # the steps between came within five seconds
     assert lines[2:] == ["a word"]
 

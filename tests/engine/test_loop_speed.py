@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pecobook.data.batch import Batch
-from pecobook.engine import loop
+from pecobook.engine import feed, loop
 from pecobook.engine.stage import StageOutput
 from tests.engine.test_loop import Toy, run
 from tests.runs import logged
@@ -45,7 +45,8 @@ def test_fit__measures_speed_and_data_wait_of_training_alone(tmp_path: Path, mon
             yield batch
 
     monkeypatch.setattr(loop, "load", slow_load)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock.monotonic))
+    for module in (loop, feed):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
     run(tmp_path, Slow(clock), log_every=2, sample_every=2, max_steps="6", save_minutes=1e6)
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6]

@@ -8,9 +8,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from pecobook.settings.training import TrainConfig
 from pecobook.stages.codebook import CodebookStage
 from pecobook.stages.moco import MocoStage
 from pecobook.utils.folder_lock import FolderLock
+from tests import forked
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, export_bytes, inputs, logged, losses, train
 
@@ -158,8 +161,8 @@ _FLAGS = [
 ]
 
 
-def command_line(images: Path, out: Path, *more: str) -> list[str]:
-    return ["-m", "pecobook", "codebook", "tiny", "--data", str(images), "--out", str(out), *_FLAGS, *more]
+def command(images: Path, out: Path, *more: str) -> list[str]:
+    return ["codebook", "tiny", "--data", str(images), "--out", str(out), *_FLAGS, *more]
 
 
 def last_step(run: Path) -> int:
@@ -169,10 +172,10 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(has_ended: Callable[[], object], run: Path, step: int) -> None:
     stop = time.monotonic() + 200
     while last_step(run) < step:
-        assert process.poll() is None, process.communicate()
+        assert not has_ended()
         assert time.monotonic() < stop
         time.sleep(0.005)
     time.sleep(random.random() * 0.05)  # anywhere within a step
@@ -180,26 +183,24 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def straight_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `command_line` without interruption."""
-    out = tmp_path_factory.mktemp("straight") / "run"
-    subprocess.run([sys.executable, *command_line(images, out)], check=True, capture_output=True)
-    return out
+    """The run of `command` without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    forked.run(command(images, folder / "run"), folder / "log")
+    return folder / "run"
 
 
 def test_command__killed_at_any_moment_and_resumed_has_the_same_export(
     images: Path, straight_run: Path, tmp_path: Path
 ) -> None:
     step = random.randrange(6, 25)
-    out = tmp_path / "run"
-    with subprocess.Popen([sys.executable, *command_line(images, out)], stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(process, out, step)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = forked.start(command(images, out), log)
+    wait_for_step(lambda: process.exitcode is not None, out, step)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (out / "export").exists()
-    resumed = subprocess.run(
-        [sys.executable, *command_line(images, out, "--resume")], capture_output=True, text=True, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    forked.run(command(images, out, "--resume"), log)
     assert export_bytes(out) == export_bytes(straight_run), f"killed about step {step}"
     assert [line["step"] for line in logged(out)] == list(range(1, 31))
     assert losses(out) == losses(straight_run)
@@ -209,15 +210,16 @@ def test_command__a_signal_to_the_whole_group_saves_also_with_data_workers(
     images: Path, straight_run: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C in a terminal, torchrun and `timeout` signal every process of the group, the data workers too."""
-    out = tmp_path / "run"
-    arguments = [sys.executable, *command_line(images, out, "--workers", "2")]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        wait_for_step(process, out, 3)
-        os.killpg(process.pid, signal.SIGTERM)
-        stderr = process.communicate(timeout=200)[1]
-    assert process.returncode == 130, stderr
-    assert "Continue with --resume" in stderr
-    assert "Traceback" not in stderr
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = forked.start(command(images, out, "--workers", "2"), log)
+    wait_for_step(lambda: process.exitcode is not None, out, 3)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(200)
+    said = log.read_text()
+    assert process.exitcode == 130, said
+    assert "Continue with --resume" in said
+    assert "Traceback" not in said
     (stopped,) = checkpoint.steps(out / "checkpoints")[-1:]
     assert 3 <= stopped < 30
     assert losses(out) == losses(straight_run)[:stopped]
@@ -273,8 +275,8 @@ def test_command__two_processes_keep_one_codebook_and_resume_after_a_kill(
     out, step = tmp_path / "run", random.randrange(6, 25)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    with subprocess.Popen([*torchrun, *command_line(images, out)], stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(process, out, step)
+    with subprocess.Popen([*torchrun, "-m", "pecobook", *command(images, out)], stderr=subprocess.PIPE) as process:
+        wait_for_step(process.poll, out, step)
         ranks = children(process.pid)
         for pid in [process.pid, *ranks]:
             os.kill(pid, signal.SIGKILL)
@@ -292,16 +294,19 @@ def test_command__a_run_of_one_process_resumes_on_three(images: Path, tmp_path: 
     # In this shape no rounding error makes a vector choose the other of two near codewords within 24 steps.
     words += ["--model.group-size", "0", "--model.padding", "zeros", "--optim.lr", "1e-3", "--quantizer.decay", "0.95"]
     alone, run = tmp_path / "alone", tmp_path / "run"
-    subprocess.run([sys.executable, *command_line(images, alone, *words)], check=True, capture_output=True)
+    forked.run(command(images, alone, *words), tmp_path / "log")
     shutil.copytree(alone, run)
     shutil.rmtree(run / "checkpoints" / "step-00000024")
     shutil.rmtree(run / "export")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", "0"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*torchrun, *command_line(images, run, *words, "--resume")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    three, resume = [tmp_path / str(rank) for rank in range(3)], command(images, run, *words, "--resume")
+    worlds = [{**os.environ, **forked.torchrun_variables(rank, 3, port)} for rank in range(3)]
+    processes = [forked.start(resume, log, world) for log, world in zip(three, worlds, strict=True)]
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0, 0, 0], [log.read_text() for log in three]
     assert losses(run)[:12] == losses(alone)[:12]
     assert losses(run) == pytest.approx(losses(alone), rel=1e-3)
     revived = [line["revived"] for line in logged(run)]

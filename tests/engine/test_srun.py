@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 
 from pecobook import api
 from pecobook.engine import checkpoint
+from tests import forked
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, export_bytes, logged, losses, small_flags
 
@@ -42,13 +41,13 @@ class Tasks:
         self.logs = [folder / f"task-{rank}.txt" for rank in range(2)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            with log.open("w") as file:
-                command = [sys.executable, "-m", "pecobook", "contrast", "tiny", *flags]
-                own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-                self.processes.append(subprocess.Popen(command, env={**variables, **own}, stderr=file))
+            own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+            self.processes.append(forked.start(["contrast", "tiny", *flags], log, {**variables, **own}))
 
-    def wait(self) -> list[int]:
-        return [process.wait(_LIMIT) for process in self.processes]
+    def wait(self) -> list[int | None]:
+        for process in self.processes:
+            process.join(_LIMIT)
+        return [process.exitcode for process in self.processes]
 
     def said(self) -> list[str]:
         return [log.read_text() for log in self.logs]
@@ -56,7 +55,7 @@ class Tasks:
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def handles(pid: int, number: signal.Signals) -> bool:
 def wait_until(condition: object, tasks: Tasks) -> None:
     stop = time.monotonic() + _LIMIT
     while not condition():  # type: ignore[operator]
-        assert all(process.poll() is None for process in tasks.processes), tasks.said()
+        assert all(process.exitcode is None for process in tasks.processes), tasks.said()
         assert time.monotonic() < stop
         time.sleep(0.01)
 
@@ -93,7 +92,8 @@ def test_sigusr1_saves_and_resume_auto_ends_as_an_uninterrupted_run(
     started.append(tasks := Tasks(tmp_path, images, out, "--resume", "auto"))
     wait_until(lambda: (out / "metrics.jsonl").exists() and len(logged(out)) >= 2, tasks)
     for process in tasks.processes:
-        process.send_signal(signal.SIGUSR1)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGUSR1)
     assert tasks.wait() == [130, 130], tasks.said()
     assert "the checkpoint is written. Continue with --resume." in tasks.said()[0]
     assert tasks.said()[1] == ""
@@ -134,7 +134,7 @@ def test_a_flag_that_disagrees_is_refused_before_the_folder_is_made(
 def test_sigterm_to_one_task_at_its_start_ends_both(images: Path, tmp_path: Path, started: list[Tasks]) -> None:
     started.append(tasks := Tasks(tmp_path, images, tmp_path / "run"))
     first = tasks.processes[0]
-    wait_until(lambda: handles(first.pid, signal.SIGTERM), tasks)
+    wait_until(lambda: first.pid is not None and handles(first.pid, signal.SIGTERM), tasks)
     first.terminate()
     assert tasks.wait() == [130, 130], tasks.said()
     assert tasks.said() == ["Stopped before the first step.\n", ""]

@@ -130,6 +130,7 @@ def test_ema_update__is_an_average_of_parameters() -> None:
     ema_update(slow, fast, 0.9)
     for updated, previous, target in zip(slow.parameters(), before, fast.parameters(), strict=True):
         assert_close(updated.detach(), 0.9 * previous + 0.1 * target.detach())
+        assert torch.equal(updated.detach(), previous.lerp(target.detach(), 0.1))  # bit for bit one by one
 
 
 def test_initialise_moco__of_a_vit() -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
 from pecobook.errors import PecobookError, WeightsError
-from pecobook.models.dense.pyramid import load_pyramid
+from pecobook.models.dense.pyramid import build_pyramid
 from pecobook.models.dry_run import dry_run, leaks
 from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.models.masked_vit import MaskedImageModel, VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import Backbone, load_backbone
-from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
+from pecobook.settings.segment import SegmentConfig
 from pecobook.stages.pretrain import check_network
 from tests.runs import train
 
@@ -222,17 +222,19 @@ def test_finetune__of_a_distilled_network_trains_both_heads(images: Path, tmp_pa
     assert load_backbone(str(run)).network(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
 
 
+def random_network(name: str, side: int = 96) -> SegmentConfig:
+    return SegmentConfig(backbone=f"timm:{name}", weights="random", image_size=side, drop_path=0.0)
+
+
 def test_pyramid__of_a_swin_takes_any_size() -> None:
-    pyramid, _ = load_pyramid(
-        "timm:swin_tiny_patch4_window7_224", weights="random", image_size=96, config=PyramidConfig(), drop_path=0.0
-    )
+    pyramid, _ = build_pyramid(random_network("swin_tiny_patch4_window7_224"))
     assert [tuple(x.shape[2:]) for x in pyramid.eval()(torch.zeros(1, 3, 70, 49))] == [(18, 13), (9, 7), (5, 4), (3, 2)]
     maps = pyramid(torch.zeros(1, 3, 96, 64))
     assert [tuple(x.shape[1:]) for x in maps] == [(96, 24, 16), (192, 12, 8), (384, 6, 4), (768, 3, 2)]
 
 
 def test_pyramid__of_overlapping_patches_has_the_strides_of_the_network() -> None:
-    pyramid, _ = load_pyramid("timm:pvt_v2_b0", weights="random", image_size=96, config=PyramidConfig(), drop_path=0.0)
+    pyramid, _ = build_pyramid(random_network("pvt_v2_b0"))
     maps = pyramid.eval()(torch.zeros(1, 3, 96, 64))
     assert [tuple(x.shape[1:]) for x in maps] == [(32, 24, 16), (64, 12, 8), (160, 6, 4), (256, 3, 2)]
 
@@ -242,7 +244,7 @@ def test_pyramid__refuses_a_network_that_reads_squares_alone() -> None:
         r"'timm:sam2_hiera_tiny' cannot form a pyramid for images of any size: .*\. Choose another network, such as"
     )
     with pytest.raises(WeightsError, match=message):
-        load_pyramid("timm:sam2_hiera_tiny", weights="random", image_size=64, config=PyramidConfig(), drop_path=0.0)
+        build_pyramid(random_network("sam2_hiera_tiny", 64))
 
 
 @pytest.mark.parametrize(("name", "features"), [("test_vit_relpos", "block 1 mean"), ("test_resnet", "output")])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pecobook.errors import ConfigError, PreflightError
+from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import recipe
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
@@ -59,6 +60,7 @@ def test_forward__loss_is_equation_5(network: PerceptualConfig) -> None:
         pixel, commitment, restored = by_hand(stage, images)
     expected = 0.6 * pixel + 0.3 * commitment
     if stage.perceptual is not None:
+        assert isinstance(stage.perceptual, PerceptualDistance)
         with torch.no_grad():
             pairs = zip(stage.perceptual.features(images), stage.perceptual.features(restored), strict=True)
             perceptual = sum((a - b).square().mean() for a, b in pairs)

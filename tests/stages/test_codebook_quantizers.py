@@ -18,7 +18,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "lfq": {"quantizer.num_codewords": 16, "model.latent_dim": 4},
     "simvq": {"quantizer.num_codewords": 20},
     "ibq": {"quantizer.num_codewords": 20, "quantizer.entropy_weight": 0.05},
+    "features": {
+        **{"quantizer.kind": "ema", "quantizer.num_codewords": 24, "target_features": "timm:resnet10t"},
+        **{"target.weights": "random", "target.layer": "2"},
+    },
 }
+"""Settings of the codebooks; `features` is the usual quantizer under a decoder that predicts features."""
 
 
 def test_quantizers__train_export_fill_a_bank_and_are_analysed(images: Path, tmp_path: Path) -> None:
@@ -36,3 +41,8 @@ def test_quantizers__train_export_fill_a_bank_and_are_analysed(images: Path, tmp
     analyze(tokenizer=first, against=tuple(others), tokens=banks, data=str(images), out=str(tmp_path / "analysis"))
     analysed = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["tokenizers"]
     assert [values["num_codewords"] for values in analysed] == [s["quantizer.num_codewords"] for s in KINDS.values()]
+    *pixels, features = analysed
+    assert all(values["psnr"] > 0 for values in pixels)
+    assert (features["psnr"], features["predicts"]) == (None, "features of timm:resnet10t")
+    sentence = "features predicts features of timm:resnet10t, not pixels, and has no reconstructions."
+    assert sentence in (tmp_path / "analysis" / "report.html").read_text()

@@ -38,6 +38,10 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
             "perceptual.weight": 0.5,
         },
     ),
+    "codebook_features": (
+        "codebook",
+        {"target_features": "timm:resnet10t", "target.weights": "random", "target.layer": "2"},
+    ),
     "pretrain": ("pretrain", {}),
     "finetune": ("finetune", {}),
     "segment": ("segment", {}),

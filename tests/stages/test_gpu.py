@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pecobook.engine.feed import Feed
+from pecobook.engine.skipped import Skipped
+from pecobook.engine.speed import Speed
 from pecobook.models.dense.segmenter import Segmenter
 from pecobook.settings.segment import SegmentTestConfig
 from tests.runs import SMALL, export_bytes, inputs, losses, train
@@ -54,11 +57,22 @@ def test_resume__deterministic_gives_equal_bits_on_a_gpu(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("command", ["codebook", "pretrain"])
+def test_feed__batches_arrive_whole_on_a_stream_of_their_own() -> None:
+    device = torch.device("cuda")
+    speed = Speed(0, 0.0, batch_size=1, flop=lambda: None, device=device, num_devices=1, precision="bf16")
+    pixels = [torch.full((64, 3, 224, 224), number, dtype=torch.uint8).pin_memory() for number in range(8)]
+    batches: Any = iter([{"image": image, "skipped": []} for image in pixels])
+    sums = [batch["image"].float().mean() for batch in Feed(batches, device, speed, Skipped(None))]
+    assert [float(value) for value in sums] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"), [("codebook", {}), ("pretrain", {}), ("pretrain", {"residual": "bf16"})]
+)
 def test_train__compiled_on_a_gpu(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, settings: dict[str, Any], images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": "bf16", "devices": "1"}
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": "bf16", "devices": "1", **settings}
     plain = losses(train(command, images, tmp_path / "plain", **more))
     compiled = losses(train(command, images, tmp_path / "compiled", **more, compile=True))
     assert compiled == pytest.approx(plain, rel=0.05)

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from pecobook.data.masking import make_mask
 from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError, WeightsError
-from pecobook.models.masked_vit import MaskedImageModel
+from pecobook.models.masked_vit import MaskedImageModel, patch_pixels
 from pecobook.models.weights import create_network, load_backbone
 from pecobook.recipes import recipe
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
-from pecobook.stages.pretrain import PretrainStage, exported_pooling, make_mask, patch_pixels
+from pecobook.stages.pretrain import PretrainStage, exported_pooling
 from tests.runs import SMALL, losses, train
 
 

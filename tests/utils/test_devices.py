@@ -24,6 +24,29 @@ def test_peak_memory__of_a_cpu_is_that_of_the_process_in_bytes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GH200 480GB", None),  # another card than H200
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_flops__by_the_name_of_the_gpu(
+    name: str, teraflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    peak = devices.peak_flops(torch.device("cuda"))
+    assert peak == (None if teraflops is None else 1e12 * teraflops)
+    assert devices.peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
     ("instructions", "amx", "maker", "expected"),
     [
         (False, False, "AuthenticAMD", False),
@@ -102,6 +125,6 @@ def test_apple__is_asked_for_nothing_of_cuda(mac: pytest.MonkeyPatch) -> None:
     assert devices.peak_memory(place) > 2**16
     assert devices.total_memory(place) > 2**26
     for kernel in ("sdpa", "triton"):
-        with trainable_attention(place, kernel):  # PyTorch's own attention
+        with trainable_attention(place, kernel):
             pass
     assert devices.widest(torch.zeros(2)).dtype == torch.float64  # on a CPU

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pecobook.data import folders
 from pecobook.errors import DataError, PreflightError, RunFolderError
 from pecobook.utils import distributed
 from pecobook.utils.distributed import long_on_first_rank, made_by_first_rank, sharing
@@ -109,8 +112,6 @@ def test_long_on_first_rank(fails: bool, said: str, two_processes: TwoProcesses)
 
 
 def share_listing(rank: int, world_size: int, folder: str) -> tuple[int, list[bytes], list[int], int]:
-    from pecobook.data import folders
-
     distributed._PART_BYTES = 100  # so that the listing goes in many parts
     entries, calls = folders._entries, 0
 
@@ -139,6 +140,32 @@ def test_sharing__one_rank_lists_a_folder_for_all(two_processes: TwoProcesses, t
     assert first == second
     assert (calls, other_calls) == (4, 0)  # the folder and its three subfolders, once, on the first rank alone
     assert first[2] == 60
+
+
+def test_sharing__a_process_that_is_started_later_lists_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        write(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
+    (tmp_path / "lists").mkdir()
+    calls, entries = [], folders._entries
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return entries(*arguments)
+
+    monkeypatch.setattr(folders, "_entries", counted)
+    for is_first in (True, False):
+        with sharing(str(tmp_path / "lists"), is_first=is_first):
+            found = folders.folder_contents(str(tmp_path / "images"), tmp_path / "images")
+        assert len(found.parts["train"].rows) == 6
+        assert len(calls) == 3  # the folder and its two subfolders, once
+    shutil.rmtree(tmp_path / "lists")  # nothing can be written there: each process makes its own
+    made = []
+    for is_first in (True, False):
+        with sharing(str(tmp_path / "lists"), is_first=is_first):
+            made.append(made_by_first_rank("a", partial(int, is_first)))
+    assert made == [1, 0]
 
 
 def share_late(rank: int, world_size: int) -> list[Any]:

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, Callable[[], object]]] = {
     "reproduce": ("analysis", command("reproduce", tables=("table4",), data="none", out="out")),
     "--probe-data": ("analysis", lambda: open_probe(ContrastConfig(data="none", probe_data="none"))),
     "--data photos": ("photos", lambda: open_images("photos")),
-    "explore": ("explore", command("explore", runs=("none",))),
+    "explore": ("analysis", command("explore", runs=("none",))),
 }
 
 
@@ -37,7 +37,7 @@ def test_extras__what_is_missing_is_named_before_any_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for module in ("gradio", "scipy", "skimage", "sklearn"):
+    for module in ("scipy", "skimage", "sklearn"):
         monkeypatch.setitem(sys.modules, module, None)
     extra, call = CASES[name]
     with pytest.raises(PecobookError, match=rf"{name} needs [\w\- ]+: pip install 'pecobook\[{extra}\]'\."):

@@ -67,13 +67,14 @@ def test_child__ends_when_its_parent_is_killed(rank: str, tmp_path: Path) -> Non
 
 
 def test_child__of_another_process_or_of_none_goes_on(tmp_path: Path) -> None:
-    for number, parent in enumerate((child_environment(), {"PECOBOOK_PARENT": str(os.getppid())}, {})):
-        file = tmp_path / str(number)
+    files = [tmp_path / str(number) for number in range(3)]
+    for file, parent in zip(files, (child_environment(), {"PECOBOOK_PARENT": str(os.getppid())}, {}), strict=True):
         shell = f"{sys.executable} -c '{_CHILD}' {file} & echo"
         environment = {name: value for name, value in os.environ.items() if name != "PECOBOOK_PARENT"}
         subprocess.run(["sh", "-c", shell], env={**environment, **parent}, check=True, stdout=subprocess.DEVNULL)
-        child = int(wait_for(file, " ").split()[0])
-        time.sleep(1.5)
-        assert "stopped" not in file.read_text()
+    children = [int(wait_for(file, " ").split()[0]) for file in files]
+    time.sleep(1.5)
+    assert not any("stopped" in file.read_text() for file in files)
+    for child in children:
         os.kill(child, signal.SIGKILL)
     end_with_parent()  # without the variable: nothing

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ast
 import errno
 import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import pecobook
 from pecobook.engine.log import open_text_log
-from pecobook.utils.printer import of_run, print_above, say, show, write_notes_to
+from pecobook.utils.printer import doing, of_run, print_above, say, show, write_notes_to
 
 HOSTILE = "a[/b]\x1b[2J\u202e.png"
 ESCAPED = "a[/b]\\x1b[2J\\u202e.png"
@@ -88,4 +94,56 @@ def test_nothing_else_prints() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in printers
     ]
-    assert [place.partition(":")[0] for place in found] == ["utils/printer.py"]
+    assert {place.partition(":")[0] for place in found} == {"utils/printer.py"}
+
+
+def test_doing__is_a_live_line_that_the_next_output_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, slave = pty.openpty()
+    with os.fdopen(slave, "w") as screen:
+        monkeypatch.setattr("sys.stderr", screen)
+        doing("loading PyTorch")
+        time.sleep(1.2)
+        doing("listing images\x1b[2J")
+        show("done")
+        doing("")
+        text = ""
+        while "done" not in text:  # a terminal hands over what was written in parts
+            text += os.read(terminal, 4096).decode()
+    os.close(terminal)
+    assert re.split(r"\r\x1b\[2K", text) == [
+        "",
+        "loading PyTorch",
+        "loading PyTorch, 1 s",
+        "",
+        "listing images\\x1b[2J",
+        "done\r\n",
+    ]
+
+
+def test_doing__is_a_plain_line_in_a_log_if_it_takes_long(capsys: pytest.CaptureFixture[str]) -> None:
+    doing("loading PyTorch", after=0)
+    doing("a moment", after=60)
+    doing("listing images", after=0.01)
+    time.sleep(0.3)
+    show("done")
+    assert capsys.readouterr().err == "Loading PyTorch.\nListing images.\ndone\n"
+
+
+def test_a_command_says_at_once_what_it_does() -> None:
+    """The first text on a terminal comes before PyTorch is imported, which takes seconds."""
+    program = (
+        "import sys; sys.modules['torch'] = None; del sys.modules['torch']\n"
+        "import builtins, pecobook.cli as cli; real = builtins.__import__\n"
+        "def no_torch(name, *rest):\n"
+        "    if name.split('.')[0] == 'torch': raise SystemExit('torch is imported')\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = no_torch\n"
+        "cli.main(['codebook', 'tiny', '--data', 'photos', '--out', 'nowhere'])\n"
+    )
+    terminal, slave = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", program], stdout=slave, stderr=slave, timeout=60)
+    os.close(slave)
+    text = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    assert done.returncode == 1
+    assert re.split(r"\r\x1b\[2K", text)[1] == "loading PyTorch"

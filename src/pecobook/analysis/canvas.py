@@ -1,9 +1,10 @@
-"""The common style of all pictures: transparent background, neutral text, a fixed style for each name, PNG bytes.
+"""The common style of all pictures: white paper, dark text, a fixed style for each name, PNG bytes.
 
-A picture must be readable on a white page, on a dark page, in a README on GitHub, and 350 px wide on a phone. The
-background is therefore transparent; text and axes have a grey with a contrast of at least 4 on both pages; colours are
-of medium lightness, and curves also differ in marker and dash; figures are narrow with large type. matplotlib is used
-without pyplot, so there is no global state, no display is needed, and threads are safe.
+A picture must be readable on a white page, on a dark page, in a README on GitHub, in print, and 350 px wide on a
+phone. It therefore has its own paper; text has a contrast of at least 7 and each colour one of at least 4.5 on it (WCAG
+AA), so that names can be written in their colours; roles also differ to colour-blind readers, and curves in marker and
+dash; figures are narrow with large type. matplotlib is used without pyplot, so there is no global state, no display is
+needed, and threads are safe.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-INK = "#7b7b80"
-"""Colour of text and axes: contrast 4.2 on white, 4.5 on the report's dark background."""
-FAINT = "#8f8f9455"
+PAPER = "#ffffff"
+"""Colour of the background."""
+INK = "#50535a"
+"""Colour of text and axes."""
+FAINT = "#00000024"
 """Colour of grid lines and frames."""
 DPI = 220
 """Dots per inch. Reports show a picture at half its size in pixels, so that it is sharp on high-resolution screens."""
 
-# Okabe and Ito's palette, changed to medium lightness. Each role of the demo has the same colour in every figure.
-_ROLES = {"perceptual": "#2a8fd8", "control": "#d9822b", "pixel": "#1fa37c", "untrained": "#8a8a90"}
-_OTHERS = ("#c0699f", "#a3912a", "#7d7fd1", "#c94f3d", "#5f9ea8")
+# The three codebooks have the same colours in every figure, in the order of lightness too.
+ROLES = {"perceptual": "#1565c0", "control": "#c05600", "pixel": "#004a3f", "untrained": "#74747c"}
+OTHERS = ("#8e3a80", "#756500", "#5a55c8", "#b23a2e", "#39717d")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
 
@@ -40,12 +43,12 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     `perceptual`, `control`, `pixel` and `untrained` have the same style in every figure; other names get styles in
     their order.
     """
-    unused_colours = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
-    roles = list(_ROLES)
+    unused_colours = iter(OTHERS * (1 + len(names) // len(OTHERS)))
+    roles = list(ROLES)
     style_of: dict[str, dict[str, Any]] = {}
     for position, name in enumerate(dict.fromkeys(names)):
-        slot = roles.index(name) if name in _ROLES else len(roles) + position
-        colour = _ROLES[name] if name in _ROLES else next(unused_colours)
+        slot = roles.index(name) if name in ROLES else len(roles) + position
+        colour = ROLES[name] if name in ROLES else next(unused_colours)
         style_of[name] = {
             "color": colour,
             "marker": _MARKERS[slot % len(_MARKERS)],
@@ -56,7 +59,7 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure of `width` x `height` inches with an Agg canvas."""
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="none")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure
 
@@ -69,7 +72,7 @@ def style_axes(axes: Axes, *, grid: str = "both") -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(FAINT)
-    axes.set_facecolor("none")
+    axes.set_facecolor(PAPER)
     axes.tick_params(colors=INK, labelcolor=INK, labelsize=9.5, length=0, pad=4)
     axes.tick_params(which="minor", length=0)
     if grid != "none":
@@ -91,9 +94,8 @@ def png(figure: Figure) -> bytes:
             buffer,
             format="png",
             dpi=DPI,
-            transparent=True,
             bbox_inches="tight",
-            pad_inches=0.04,
+            pad_inches=0.06,
             metadata={"Software": None},
         )
     return buffer.getvalue()

@@ -1,6 +1,6 @@
 """Charts of training curves, code usage, and probe accuracies with their sampling errors.
 
-Every chart is returned as PNG bytes with a transparent background (see `canvas`).
+Every chart is returned as PNG bytes (see `canvas`); a name has the same colour in all of them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run_curves(log: Path) -> bytes:
 
 def _rank(metric: str) -> int:
     """Return the place of a metric's panel: the loss, what the stage measures, then what every run logs."""
-    last = ("grad_norm", "lr", "images_per_second", "data_wait", "gpu_memory")
+    last = ("grad_norm", "lr", "images_per_second", "data_wait", "tflops", "mfu", "gpu_memory")
     return -1 if metric == "loss" else last.index(metric) + 1 if metric in last else 0
 
 
@@ -98,26 +98,30 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
 
     `counts` maps a tokenizer's name to `CodeUsage.counts`, int (K,).
     """
-    figure = new_figure(_WIDTH, 2.7)
+    figure = new_figure(_WIDTH, 2.9)
     axes = figure.add_subplot()
     style_axes(axes)
     style_of = styles(list(counts))
+    ends: list[tuple[float, str, str]] = []
+    longest = 1
     for name, values in counts.items():
         ranked = np.sort(as_numpy(values))[::-1]
         used = ranked[ranked > 0]
-        label = f"{name}: {len(used)} of {len(ranked)} used"
-        rank = np.arange(1, len(used) + 1)
-        style = style_of[name]
-        axes.plot(
-            rank, used, label=escape_text(label), linewidth=1.9, color=style["color"], linestyle=style["linestyle"]
-        )
+        rank, style, longest = np.arange(1, len(used) + 1), style_of[name], max(longest, len(used))
+        axes.plot(rank, used, linewidth=1.9, color=style["color"], linestyle=style["linestyle"])
         axes.plot(rank[-1:], used[-1:], marker=style["marker"], color=style["color"], markersize=4)
+        ends.append((float(len(used)), f"{name}: {len(used)} of {len(ranked)} used", style["color"]))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.03 * longest)
     axes.set_xlabel("codewords, most used first", color=INK, fontsize=10)
     axes.set_ylabel("patches", color=INK, fontsize=10)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9.5, loc="best")
+    # The names stand above the right half, where no curve is, in the colours and the order of the ends of the curves.
+    for line, (_, label, colour) in enumerate(sorted(ends, reverse=True)):
+        axes.text(
+            1, 1 - 0.09 * line, escape_text(label), ha="right", va="top", transform=axes.transAxes, color=colour,
+            fontsize=9.5, fontweight="bold",
+        )  # fmt: skip
     return png(figure)
 
 
@@ -153,6 +157,8 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
 def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_yticks(range(len(scores)), [escape_text(score.name) for score in scores])
+    for tick, score in zip(axes.get_yticklabels(), scores, strict=True):
+        tick.set_color(style_of[score.name]["color"])
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", labelsize=10.5)
     for row, score in enumerate(scores):
@@ -215,6 +221,6 @@ def _legend(figure: Figure, axes: Axes, number: int, bottom: float) -> None:
     if number > 1:
         figure.legend(
             *axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.05, bottom),
-            ncols=min(number, 4), frameon=False, labelcolor=INK, fontsize=10, handlelength=2.2,
+            ncols=min(number, 4), frameon=False, labelcolor="linecolor", fontsize=10, handlelength=2.2,
             columnspacing=1.4, borderaxespad=0,
         )  # fmt: skip

@@ -5,8 +5,10 @@ Shapes: N images, codes int64 (N, h, w) with values in [0, K), codebook float (K
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from pecobook.analysis.arrays import Array, as_numpy
 
 _EXACT, _SAMPLE = 2**14, 2**10
 """Number of used codewords up to which all are compared with each other, and that of the sample above it."""
+_PRIOR = 5
+"""Number of images with which a codeword's lift is drawn towards 1."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,21 @@ class CodeUsage:
     """exp of the entropy of the code distribution, in [1, K]; K if all codewords are equally frequent."""
     counts: NDArray[np.int64] = field(repr=False)
     """Number of occurrences of each codeword, (K,)."""
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """How much more often a codeword occurs in images of one class than in others."""
+
+    name: str
+    images: int
+    """Number of images of the class with the codeword."""
+    share: float
+    """Percentage of the images with the codeword that have the class."""
+    base: float
+    """Percentage of all images that have the class."""
+    lift: float
+    """`share` divided by `base`, drawn towards 1 if the codeword occurs in few images."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +132,49 @@ def distinct_codewords(codebook: Tensor, usage: Tensor, *, tolerance: float = 0.
     return float((-weight @ torch.cat(similar_share).clamp_min(1e-12).log()).exp())
 
 
+def codes_of_images(codes: Array, num_codewords: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return every pair of an image and a codeword that occurs in it, once: indices of images, and codewords."""
+    grid = as_numpy(codes).reshape(len(codes), -1).astype(np.int64)
+    pairs = np.unique(np.arange(len(grid))[:, None] * num_codewords + grid)
+    return pairs // num_codewords, pairs % num_codewords
+
+
+def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Sequence[str]) -> dict[int, ClassShare]:
+    """Return the class of the largest lift of each codeword that occurs; `labels` is int (N,).
+
+    Images are counted rather than patches, since one image may hold a codeword many times. A rare codeword would have
+    the largest lifts by chance, so the lift is that with `_PRIOR` more images, which have the classes of all images.
+    """
+    images, occurring = codes_of_images(codes, num_codewords)
+    of_image = as_numpy(labels)
+    pairs = occurring * len(classes) + of_image[images]
+    joint = np.bincount(pairs, minlength=num_codewords * len(classes)).reshape(num_codewords, len(classes))
+    base = np.bincount(of_image, minlength=len(classes)) / len(of_image)
+    total = joint.sum(1)
+    lift = (joint / np.maximum(base, 1e-12) + _PRIOR) / (total[:, None] + _PRIOR)
+    lift[:, base == 0] = 0
+    best = lift.argmax(1)
+    return {
+        code: ClassShare(
+            classes[best[code]],
+            int(joint[code, best[code]]),
+            100 * float(joint[code, best[code]] / total[code]),
+            100 * float(base[best[code]]),
+            float(lift[code, best[code]]),
+        )
+        for code in np.flatnonzero(total).tolist()
+    }
+
+
 def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
     """Return the average-pooled codewords of each image, float (N, D): the feature of the paper's Table 4, left column.
 
     `codes` is int (N, ...), `codebook` float (K, D).
     """
-    index = torch.as_tensor(codes).flatten(1).long()
-    with torch.no_grad():
-        return F.embedding_bag(index, codebook.detach().float().to(index.device), mode="mean")
+    codes = torch.as_tensor(codes).flatten(1)
+    codebook = codebook.detach().float().to(codes.device)
+    with torch.no_grad():  # some images at a time, since their indices take four times the memory of codes of two bytes
+        return torch.cat([F.embedding_bag(part.long(), codebook, mode="mean") for part in torch.split(codes, 2**16)])
 
 
 def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:
@@ -167,7 +221,7 @@ def code_gallery(
     for code in order[: max(codewords, len(chosen))]:
         has_code = grid == code
         occurrences = np.argwhere(has_code)  # (count, 3): image, row, column
-        drawn = occurrences[_one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
+        drawn = occurrences[one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
             gallery_patch(image, images[image], grid.shape[1:], row, column) for image, row, column in drawn.tolist()
         )
@@ -175,8 +229,34 @@ def code_gallery(
     return rows
 
 
-def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return a random order of patches (count,) in which every image comes once before any image comes again."""
+def query_points(num_images: int, number: int, *, seed: int = 0) -> list[tuple[int, float, float]]:
+    """Draw places (image, y, x) in distinct images, with y and x in the middle half of an image of side 1."""
+    rng = np.random.default_rng(seed)
+    images = rng.permutation(num_images)[:number].tolist()
+    return [(image, *rng.uniform(0.25, 0.75, 2).tolist()) for image in images]
+
+
+def matches(
+    images: Tensor, codes: Array, points: Sequence[tuple[int, float, float]], *, patches: int = 6, seed: int = 0
+) -> list[tuple[GalleryPatch, GalleryRow]]:
+    """Return the patch at each place, and patches of other images that share its codeword, drawn at random.
+
+    `images` and `codes` are those of `code_gallery`, and `points` those of `query_points`.
+    """
+    grid = as_numpy(codes)
+    found = []
+    for image, y, x in points:
+        row, column = int(y * grid.shape[1]), int(x * grid.shape[2])
+        code = int(grid[image, row, column])
+        (gallery,) = code_gallery(images, grid, codewords=1, patches=patches + 1, seed=seed, chosen=[code])
+        others = tuple(patch for patch in gallery.patches if patch.image != image)[:patches]
+        query = gallery_patch(image, images[image], grid.shape[1:], row, column)
+        found.append((query, dataclasses.replace(gallery, patches=others)))
+    return found
+
+
+def one_per_image_first(image: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return a random order of patches, of the given images (count,), in which no image comes again before all came."""
     order = rng.permutation(len(image))
     num_earlier: dict[int, int] = {}
     rounds = np.empty(len(order), dtype=np.int64)

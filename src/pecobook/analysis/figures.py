@@ -1,13 +1,13 @@
 """Pictures that consist of images: reconstructions, masked predictions, galleries of patches.
 
-Every picture is returned as PNG bytes with a transparent background (see `canvas`). Images are float (N, 3, H, W) in
+Every picture is returned as PNG bytes (see `canvas`). Images are float (N, 3, H, W) in
 [0, 1].
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pecobook.analysis.canvas import INK, escape_text, new_figure, picture_array, png
-from pecobook.analysis.codewords import GalleryPatch, GalleryRow
+from pecobook.analysis.canvas import INK, escape_text, new_figure, picture_array, png, styles
+from pecobook.analysis.codewords import ClassShare, GalleryPatch, GalleryRow
 from pecobook.analysis.wording import thousands
 
 _WIDTH = 4.9  # inches
@@ -47,22 +47,61 @@ def image_columns(columns: Sequence[tuple[str, Tensor]]) -> bytes:
     return png(axes.figure)  # type: ignore[arg-type]
 
 
-def gallery_picture(rows: Sequence[GalleryRow]) -> bytes:
-    """Draw one block per codeword: number and usage, then a map of its positions and patches in their surroundings."""
-    step, label = 1 + 2 * _GAP, 0.5
+def gallery_picture(rows: Sequence[GalleryRow], shares: Mapping[int, ClassShare] | None = None) -> bytes:
+    """Draw one block per codeword: number and usage, then a map of its positions and patches in their surroundings.
+
+    With `shares` (see `class_shares`) a second line names the class that the codeword tells most about.
+    """
+    step, label = 1 + 2 * _GAP, 0.95 if shares else 0.5
     lines = [max(1, -(-len(row.patches) // _PATCHES_PER_LINE)) for row in rows]
     height = sum(label + line * step + 0.12 for line in lines)
     axes = _empty_axes((1 + _PATCHES_PER_LINE) * step, max(height, 1.0), 4.1 / (_PATCHES_PER_LINE * step))
     top = 0.0
     for row, line in zip(rows, lines, strict=True):
-        usage = f"codeword {row.codeword}  ·  {_count(row.count, 'patch', 'patches')}"
-        usage += f" in {_count(row.images, 'image', 'images')}"
-        axes.text(0, top + label - 0.1, usage, ha="left", va="bottom", color=INK, fontsize=10.5)
+        text = f"codeword {row.codeword}  ·  {_count(row.count, 'patch', 'patches')}"
+        text += f" in {_count(row.images, 'image', 'images')}"
+        if shares and row.codeword in shares:
+            text += f"\n{class_words(shares[row.codeword])}"
+        axes.text(0, top + label - 0.1, escape_text(text), ha="left", va="bottom", color=INK, fontsize=10.5)
         _draw_image(axes, position_shares(row.positions), 0, top + label, vmin=0, vmax=1, cmap="viridis")
         for number, patch in enumerate(row.patches):
             line_number, column = divmod(number, _PATCHES_PER_LINE)
             _draw_patch(axes, patch, (1 + column) * step, top + label + line_number * step)
         top += label + line * step + 0.12
+    return png(axes.figure)  # type: ignore[arg-type]
+
+
+def class_words(share: ClassShare) -> str:
+    """Return the class of a codeword as text: `church: 62% of these images, 10% of all`."""
+    return f"{share.name[:32]}: {share.share:.0f}% of these images, {share.base:.0f}% of all"
+
+
+def matches_picture(queries: Sequence[GalleryPatch], columns: Sequence[tuple[str, Sequence[GalleryRow]]]) -> bytes:
+    """Draw query patches, and beside each the patches that share its codeword, in one column per codebook.
+
+    Args:
+        queries: one patch per row of the picture.
+        columns: the name of each codebook, with the codeword of each query (see `matches`).
+    """
+    across, down, step, head, label = 3, 2, 1 + 2 * _GAP, 0.75, 0.42
+    width = down * step + len(columns) * (across * step + 0.35)
+    axes = _empty_axes(width, head + len(queries) * (down * step + label + 0.2), 6.6 / width)
+    style_of = styles([name for name, _ in columns])
+    axes.text(0, head - 0.2, "query", ha="left", va="bottom", color=INK, fontsize=10.5)
+    for number, query in enumerate(queries):
+        top = head + number * (down * step + label + 0.2)
+        _draw_patch(axes, query, 0, top + label, side=down * step - 2 * _GAP)
+        for column, (name, rows) in enumerate(columns):
+            left, row = down * step + 0.35 + column * (across * step + 0.35), rows[number]
+            if number == 0:
+                colour = style_of[name]["color"]
+                title = escape_text(_wrapped(name, 20))
+                axes.text(left, head - 0.2, title, va="bottom", color=colour, fontsize=11, fontweight="bold")
+            text = f"codeword {row.codeword}, {_count(row.count, 'patch', 'patches')}"
+            axes.text(left, top + label - 0.08, text, va="bottom", color=INK, fontsize=8.5)
+            for place, patch in enumerate(row.patches[: across * down]):
+                line, place_in_line = divmod(place, across)
+                _draw_patch(axes, patch, left + place_in_line * step, top + label + line * step)
     return png(axes.figure)  # type: ignore[arg-type]
 
 
@@ -100,26 +139,26 @@ def _empty_axes(width: float, height: float, unit: float) -> Axes:
     return axes
 
 
-def _draw_image(axes: Axes, pixels: NDArray[Any], left: float, top: float, **colours: Any) -> None:
-    """Draw pixels (H, W, 3), or (H, W) with a colour map, in the middle of a square of side 1.
+def _draw_image(axes: Axes, pixels: NDArray[Any], left: float, top: float, *, side: float = 1, **colours: Any) -> None:
+    """Draw pixels (H, W, 3), or (H, W) with a colour map, in the middle of a square.
 
     The limits of the axes, which imshow changes, are restored.
     """
     limits = axes.get_xlim(), axes.get_ylim()
-    height, width = (side / max(pixels.shape[:2]) for side in pixels.shape[:2])
-    left, top = left + (1 - width) / 2, top + (1 - height) / 2
+    height, width = (side * length / max(pixels.shape[:2]) for length in pixels.shape[:2])
+    left, top = left + (side - width) / 2, top + (side - height) / 2
     axes.imshow(pixels, extent=(left, left + width, top + height, top), aspect="auto", **colours)
     axes.set_xlim(limits[0])
     axes.set_ylim(limits[1])
 
 
-def _draw_patch(axes: Axes, patch: GalleryPatch, left: float, top: float) -> None:
-    _draw_image(axes, picture_array(patch.window), left, top)
+def _draw_patch(axes: Axes, patch: GalleryPatch, left: float, top: float, *, side: float = 1) -> None:
+    _draw_image(axes, picture_array(patch.window), left, top, side=side)
     height, width = patch.window.shape[-2:]
-    scale = 1 / max(height, width)
+    scale = side / max(height, width)
     box_top, box_left, box_height, box_width = (value * scale for value in patch.box)
-    x = left + (1 - width * scale) / 2 + box_left
-    y = top + (1 - height * scale) / 2 + box_top
+    x = left + (side - width * scale) / 2 + box_left
+    y = top + (side - height * scale) / 2 + box_top
     # A white line on a wider black line is visible on any image.
     for colour, line in (("#000000", 2.2), ("#ffffff", 1.0)):
         axes.add_patch(Rectangle((x, y), box_width, box_height, fill=False, edgecolor=colour, linewidth=line, zorder=3))

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
+from pecobook.analysis.logistic import LogisticRegression
 from pecobook.errors import DataError
+from pecobook.utils.devices import device
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths that the linear probe tries, strongest regularisation first."""
@@ -27,6 +30,8 @@ VALIDATION_SHARE = 0.15
 MIN_IMAGES = 20
 """Minimum number of test images for an accuracy in percent; with fewer images reports give only counts."""
 _MAX_ITER = 200
+_LARGE = 2**27
+"""Number of values, images times features, above which a linear probe reads its training features in parts: 0.5 GB."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,23 @@ def linear_probe(
     test images do not influence this choice. At most `search_images` training images, drawn with `seed`, are used for
     the choice, because all five fits on 38,000 x 192 features and 100 classes would take minutes on two cores. The
     number of images and the iterations of the last fit are recorded in `setting`. Test images of a class that does not
-    occur in the training images count as wrong.
+    occur in the training images count as wrong. More than `_LARGE` training features are read in parts, so that memory
+    beyond them stays below a gigabyte (`pecobook.analysis.logistic`).
     """
-    train_x, train_y = _checked("training", train_x, train_y)
-    test_x, test_y = _checked("test", test_x, test_y)
+    train, train_y = _checked("training", train_x, train_y)
+    test, test_y = _checked("test", test_x, test_y)
     rng = np.random.default_rng(seed)
-    c, validation, searched = _choose_c(train_x, train_y, rng, C_GRID, search_images, _MAX_ITER)
-    mean, scale = _moments(train_x)
-    model = _fit(_logistic_regression(_MAX_ITER), (train_x - mean) / scale, train_y, c)
-    predicted = model.predict((test_x - mean) / scale)
+    c, validation, searched = _choose_c(train, train_y, rng, C_GRID, search_images, _MAX_ITER)
+    mean, scale = _moments(train)
+    model: Any
+    if train.size > _LARGE and train_y.min() != train_y.max():
+        model = LogisticRegression(
+            lambda rows: (train[rows] - mean) / scale, train_y, train.shape[1], c=c, max_iter=_MAX_ITER
+        )
+        predicted = model.predict(lambda rows: (test[rows] - mean) / scale, len(test))
+    else:
+        model = _fit(_logistic_regression(_MAX_ITER), (train[:] - mean) / scale, train_y, c)
+        predicted = model.predict((test[:] - mean) / scale)
     iterations = int(np.max(getattr(model, "n_iter_", 0)))
     setting = {"C": c, "search_images": searched, "iterations": iterations, "max_iter": _MAX_ITER}
     return _result(predicted == test_y, setting, validation)
@@ -92,8 +105,8 @@ def validation_accuracy(x: Array, y: Array, *, seed: int = 0) -> float:
     This is a fast estimate for choosing features. The best of three regularisation strengths counts. The result is NaN
     if no class has enough images for the validation part.
     """
-    x, y = _checked("training", x, y)
-    _, accuracy, _ = _choose_c(x, y, np.random.default_rng(seed), (1e-3, 1e-2, 1e-1), 4000, 100)
+    features, y = _checked("training", x, y)
+    _, accuracy, _ = _choose_c(features, y, np.random.default_rng(seed), (1e-3, 1e-2, 1e-1), 4000, 100)
     return float("nan") if accuracy is None else accuracy
 
 
@@ -106,29 +119,50 @@ def knn_probe(
     k: int = 20,
     temperature: float = 0.07,
     chunk: int = 512,
+    tile: int = 2**16,
 ) -> ProbeResult:
     """Classify by a weighted vote of the k nearest neighbours in cosine similarity, as DINO does (arXiv 2104.14294).
 
     A neighbour at similarity s votes for its class with weight exp(s / temperature). k is at most the number of
-    training images. Test images are processed `chunk` at a time, so the peak memory is chunk x N similarities.
+    training images. A `chunk` of test images is compared with a `tile` of training images at a time, so memory beyond
+    the features is that of a tile in fp32, chunk x tile similarities, and k neighbours of each test image.
     """
     if k < 1 or temperature <= 0:
         raise ValueError(f"knn_probe needs k >= 1 and temperature > 0, got k={k}, temperature={temperature}")
-    train_x, train_y = _checked("training", train_x, train_y)
-    test_x, test_y = _checked("test", test_x, test_y)
+    train, train_y = _checked("training", train_x, train_y)
+    test, test_y = _checked("test", test_x, test_y)
     k = min(k, len(train_y))
     classes, position = np.unique(train_y, return_inverse=True)
     labels = torch.from_numpy(position.reshape(-1).astype(np.int64))
-    bank = torch.nn.functional.normalize(torch.from_numpy(train_x), dim=1)
-    queries = torch.nn.functional.normalize(torch.from_numpy(test_x), dim=1)
-    predicted = np.empty(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), chunk):
-        similarity, index = (queries[start : start + chunk] @ bank.T).topk(k, dim=1)  # (b, k) each
+    nearest = _neighbours(train, test, k, chunk=chunk, tile=tile)
+    predicted = np.empty(len(test_y), dtype=np.int64)
+    for start in range(0, len(test_y), chunk):
+        similarity, index = (part[start : start + chunk] for part in nearest)
         # Subtracting 1, the maximum cosine, does not change the order of the votes and prevents overflow.
         weight = torch.exp((similarity.double() - 1) / temperature)
         votes = torch.zeros(len(index), len(classes), dtype=torch.float64).scatter_add_(1, labels[index], weight)
         predicted[start : start + chunk] = votes.argmax(dim=1).numpy()
     return _result(classes[predicted] == test_y, {"k": k, "temperature": temperature}, None)
+
+
+def _neighbours(train: _Features, test: _Features, k: int, *, chunk: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Return the largest cosine similarities, float (M, k), and whose they are, int64 (M, k), on the host."""
+    place, best = device(), list[tuple[Tensor, Tensor]]()
+    for first in range(0, len(train), tile):
+        bank = torch.nn.functional.normalize(torch.from_numpy(train[first : first + tile]).to(place), dim=1)
+        for number, start in enumerate(range(0, len(test), chunk)):
+            queries = torch.from_numpy(test[start : start + chunk]).to(place)
+            similarity = torch.nn.functional.normalize(queries, dim=1) @ bank.T
+            values, index = similarity.topk(min(k, len(bank)), dim=1)  # (b, k) each
+            index += first
+            if first == 0:
+                best.append((values, index))
+                continue
+            values, index = (torch.cat(pair, 1) for pair in zip(best[number], (values, index), strict=True))
+            values, chosen = values.topk(min(k, values.shape[1]), dim=1)
+            best[number] = values, index.gather(1, chosen)
+    values, index = (torch.cat(parts).cpu() for parts in zip(*best, strict=True))
+    return values, index
 
 
 def paired_difference(correct_a: Array, correct_b: Array) -> tuple[float, float]:
@@ -171,15 +205,40 @@ def wilson_interval(accuracy: float, number: int, *, errors: float = 1.96) -> tu
     return 100 * max(centre - half, 0.0) / (1 + square), 100 * min((centre + half) / (1 + square), 1.0)
 
 
-def _checked(part: str, x: Array, y: Array) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return features float32 (N, D) and labels int64 (N,). Raises DataError for other shapes and for NaN."""
-    features, labels = as_numpy(x).astype(np.float32), as_numpy(y).astype(np.int64)
-    if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
+class _Features:
+    """Features (N, D), of which rows are converted to float32 when they are read."""
+
+    def __init__(self, values: Array) -> None:
+        self._values = values.detach() if isinstance(values, Tensor) else values
+        self.shape = tuple(values.shape)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    @property
+    def size(self) -> int:
+        """N D."""
+        return math.prod(self.shape)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        chosen = torch.from_numpy(rows) if isinstance(rows, np.ndarray) and isinstance(self._values, Tensor) else rows
+        return as_numpy(self._values[chosen]).astype(np.float32, copy=False)
+
+    def parts(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the rows in order, a few at a time."""
+        for start in range(0, len(self), 2**16):
+            yield self[start : start + 2**16]
+
+
+def _checked(part: str, x: Array, y: Array) -> tuple[_Features, NDArray[np.int64]]:
+    """Return features (N, D) and labels int64 (N,). Raises DataError for other shapes and for NaN."""
+    features, labels = _Features(x), as_numpy(y).astype(np.int64)
+    if len(features.shape) != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
         raise DataError(
             f"A probe needs features (N, D) and labels (N,) with N > 0; the {part} part has features "
             f"{features.shape} and labels {labels.shape}."
         )
-    if not np.isfinite(features).all():
+    if not all(np.isfinite(rows).all() for rows in features.parts()):
         raise DataError(f"The {part} features of a probe contain NaN or infinity: the network diverged.")
     return features, labels
 
@@ -203,7 +262,7 @@ def _fit(model: Any, x: NDArray[np.float32], y: NDArray[np.int64], c: float) -> 
 
 
 def _choose_c(
-    x: NDArray[np.float32],
+    x: _Features,
     y: NDArray[np.int64],
     rng: np.random.Generator,
     grid: Sequence[float],
@@ -217,7 +276,7 @@ def _choose_c(
     if len(validation) == 0:
         return middle, None, 0
     fit, validation = pool[fit], pool[validation]
-    mean, scale = _moments(x[fit])
+    mean, scale = _moments(_Features(x[fit]))
     fit_x, validation_x = ((x[part] - mean) / scale for part in (fit, validation))
     model = _logistic_regression(max_iter)
     best, best_share = middle, -1.0
@@ -243,9 +302,14 @@ def _stratified_split(
     return np.setdiff1d(np.arange(len(labels)), indices), indices
 
 
-def _moments(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _moments(x: _Features) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return mean and standard deviation (D,) of training features; the scale of a constant feature is 1."""
-    mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+    if x.size <= _LARGE:
+        rows = x[:]
+        mean, scale = rows.mean(axis=0, dtype=np.float64), rows.std(axis=0, dtype=np.float64)
+    else:
+        mean = sum(rows.sum(0, dtype=np.float64) for rows in x.parts()) / len(x)
+        scale = np.sqrt(sum(np.square(rows - mean).sum(0) for rows in x.parts()) / len(x))
     constant = scale <= 1e-7 * np.maximum(1.0, np.abs(mean))
     return mean.astype(np.float32), np.where(constant, 1.0, scale).astype(np.float32)
 

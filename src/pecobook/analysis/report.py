@@ -1,4 +1,4 @@
-"""Reports as one self-contained HTML file: no network, no script, all pictures embedded.
+"""Reports as one self-contained HTML file: no network, all pictures embedded, and no script but that of an atlas.
 
 `Report` holds the contents, and `write_report` writes the page. All text is plain text: it is escaped, and a blank line
 in a section's text starts a new paragraph. This module is independent of PeCo.
@@ -7,12 +7,14 @@ in a section's text starts a new paragraph. This module is independent of PeCo.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,29 +24,37 @@ from pecobook.utils.files import write_atomically
 MAX_BYTES = 10_000_000
 """Maximum size of a report. Mail servers refuse larger files, and phones load them slowly, so pictures are reduced."""
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+_FORMATS = {b"\x89PNG": "png", b"\xff\xd8\xff\xe0": "jpeg"}
+"""Formats of pictures, by their first four bytes."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with the texts that describe it."""
+    """A PNG or JPEG with the texts that describe it."""
 
-    png: bytes = field(repr=False)
+    encoded: bytes = field(repr=False)
     caption: str
     alt: str
     """A description of the picture for readers who do not see it."""
     title: str = ""
     """A short title above the picture, if pictures are shown side by side."""
     pixels: int | None = None
-    """Width in CSS pixels; by default half of the PNG's width, because figures have a high resolution."""
+    """Width in CSS pixels; by default half of the picture's width, because figures have a high resolution."""
+    tiles: Mapping[str, Any] | None = field(default=None, repr=False)
+    """What `atlas.js` shows of the tiles of which the picture consists, as `atlas.as_json` returns it."""
+
+    @property
+    def format(self) -> str:
+        """The format, `png` or `jpeg`."""
+        if self.encoded[:4] not in _FORMATS:
+            raise PecobookError(f"The picture {self.caption[:60]!r} is not a PNG or JPEG.")
+        return _FORMATS[self.encoded[:4]]
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, from the header of the PNG."""
-        if self.png[:8] != _PNG or len(self.png) < 24:
-            raise PecobookError(f"The picture {self.caption[:60]!r} is not a PNG.")
-        width, height = struct.unpack(">II", self.png[16:24])
-        return int(width), int(height)
+        """Width and height in pixels, from the header of the file."""
+        with Image.open(io.BytesIO(self.encoded), formats=[self.format]) as image:
+            return image.size
 
     @property
     def display_width(self) -> int:
@@ -54,7 +64,7 @@ class Picture:
     @property
     def source(self) -> str:
         """The picture as a `data:` URL."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+        return f"data:image/{self.format};base64," + base64.b64encode(self.encoded).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,8 @@ class Report:
     """(label, value), shown in a row below the summary."""
     sections: tuple[Section, ...] = ()
     footer: str = ""
+    lead: tuple[Picture, ...] = ()
+    """The pictures that show the main result, below the first sentence of the summary."""
 
 
 def write_report(out: Path, content: Report, *, max_bytes: int = MAX_BYTES) -> Path:
@@ -142,8 +154,12 @@ def write_pictures(out: Path, pictures: Mapping[str, bytes]) -> None:
 
 
 def render(content: Report) -> str:
-    """Render the page as HTML. Every value is escaped; a name that the template does not define raises an error."""
+    """Render the page as HTML. Every value is escaped; a name that the template does not define raises an error.
+
+    The page allows one script by its hash, and only if a picture has tiles.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("pecobook.analysis", "templates"),
@@ -153,7 +169,13 @@ def render(content: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["typeset"] = _typeset
-    return environment.get_template("report.html.j2").render(report=content)
+    script = ""
+    if any(picture.tiles for section in content.sections for picture in section.pictures):
+        script = (files("pecobook.analysis") / "templates" / "atlas.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return environment.get_template("report.html.j2").render(
+        report=content, script=Markup(script), digest=digest if script else ""
+    )
 
 
 def _typeset(text: str) -> str:
@@ -170,26 +192,28 @@ def fit(content: Report, max_bytes: int) -> Report:
     """
     budget = 3 * max_bytes // 4
     while True:
-        pictures = [picture for section in content.sections for picture in section.pictures]
+        pictures = [*content.lead, *(picture for section in content.sections for picture in section.pictures)]
         if sum(len(picture.source) for picture in pictures) <= budget:
             return content
-        largest = max(pictures, key=lambda picture: len(picture.png))
+        largest = max(pictures, key=lambda picture: len(picture.encoded))
         if min(largest.size) < 64:
             raise PecobookError(
                 f"The report has {len(pictures)} pictures, too many for {max_bytes} bytes; omit some pictures."
             )
-        smaller = replace(largest, png=_halved(largest.png), pixels=largest.display_width)
-        sections = tuple(
-            replace(section, pictures=tuple(smaller if p is largest else p for p in section.pictures))
-            for section in content.sections
+        smaller = replace(largest, encoded=_halved(largest), pixels=largest.display_width)
+        lead, *shown = (
+            tuple(smaller if picture is largest else picture for picture in part)
+            for part in (content.lead, *(section.pictures for section in content.sections))
         )
-        content = replace(content, sections=sections)
+        pairs = zip(content.sections, shown, strict=True)
+        sections = tuple(replace(section, pictures=part) for section, part in pairs)
+        content = replace(content, lead=lead, sections=sections)
 
 
-def _halved(png: bytes) -> bytes:
-    with Image.open(io.BytesIO(png)) as image:
+def _halved(picture: Picture) -> bytes:
+    with Image.open(io.BytesIO(picture.encoded)) as image:
         size = (max(image.width // 2, 1), max(image.height // 2, 1))
-        small = image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
+        small = image.convert("RGB" if picture.format == "jpeg" else "RGBA").resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
+    small.save(buffer, format=picture.format, optimize=True)
     return buffer.getvalue()

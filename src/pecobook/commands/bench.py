@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pecobook.data.batch import Batch
+from pecobook.data.masking import make_mask
 from pecobook.data.sampler import BatchPositions
 from pecobook.data.stream import Stream, default_workers, load, to_device
 from pecobook.data.views import colour_draws
 from pecobook.engine.attention import trainable_attention
+from pecobook.engine.dry_run import autocast
 from pecobook.engine.launch import resolve_precision
 from pecobook.engine.optim import build_optimizer
 from pecobook.engine.value_range import open_readable
@@ -27,7 +28,7 @@ from pecobook.settings.bench import BenchConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.values import replace
 from pecobook.stages.codebook import build_tokenizer
-from pecobook.stages.pretrain import PretrainStage, check_grids, encode_views, make_mask
+from pecobook.stages.pretrain import PretrainStage, check_grids, encode_views
 from pecobook.utils import devices
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
@@ -125,12 +126,9 @@ class Benchmark:
         num_codewords = self.stage.tokenizer.num_codewords if self.stage.tokenizer is not None else 1
         return torch.randint(num_codewords, (self.settings.batch_size, *self.stage.model.grid), device=self.device)
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> torch.autocast:
         """Compute in the precision of the settings."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
-        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            yield
+        return autocast(self.settings.precision, self.device)
 
     def seconds(self, function: Callable[[], object]) -> float:
         """Return the mean seconds of a call, after warm-up calls."""

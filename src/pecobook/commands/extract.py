@@ -57,6 +57,29 @@ FeatureFunction = Callable[[Tensor], dict[str, Tensor]]
 """Maps float images (B, 3, S, S) in [0, 1] to named features (B, ...) on the host."""
 
 
+class _Rows:
+    """Rows that come in batches into memory that holds them all from the start, so that they are never there twice."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._count, self._all = most, 0, torch.empty(0)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (B, ...), real numbers in half precision where they fit."""
+        dtype = rows.dtype
+        if rows.is_floating_point():
+            dtype = torch.float16 if rows.abs().max() < 6e4 else dtype
+        if not self._count:
+            self._all = torch.empty(self._most, *rows.shape[1:], dtype=dtype)
+        elif torch.promote_types(self._all.dtype, dtype) != self._all.dtype:
+            self._all = self._all.to(torch.promote_types(self._all.dtype, dtype))
+        self._all[self._count : self._count + len(rows)] = rows.to(dtype)
+        self._count += len(rows)
+
+    def added(self) -> Tensor:
+        """Return the rows (N, ...)."""
+        return self._all[: self._count]
+
+
 def extract(
     source: ImageSource, size: int, max_images: int, feature_function: FeatureFunction, description: str
 ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -73,16 +96,15 @@ def extract(
         name to features (N, ...), real numbers in half precision where they fit; and labels int64 (N,), or None when
         the source has no labels.
     """
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, _Rows] = {}
     labels: list[Tensor] = []
     progress = Progress(total=min(max_images, len(source)), start=0, name=description, quiet=False)
     for done, batch in central_crops(source, size, limit=max_images):
         if "image" in batch:
             for name, value in feature_function(to_float(batch["image"])).items():
-                fits = value.is_floating_point() and value.abs().max() < 6e4
-                parts.setdefault(name, []).append(value.half() if fits else value)
+                parts.setdefault(name, _Rows(progress.total)).add(value)
             labels += [batch["label"]] if "label" in batch else []
         progress.show(done, {})
     progress.close()
-    features = {name: torch.cat(values) for name, values in parts.items()}
+    features = {name: rows.added() for name, rows in parts.items()}
     return features, None if source.labels is None else torch.cat(labels)

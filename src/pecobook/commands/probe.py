@@ -7,6 +7,7 @@ regularisation and the layer are chosen on a validation part of the training ima
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import say, show
 
+_EVERY_LAYER = 100_000
+"""Training images up to which the features of every layer are kept, 4 GB for a ViT-B. Of more images so many choose the
+layer, and those of the best layer alone are kept of all."""
+
 
 def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     """Run both probes, print a table, and return the results (accuracies in percent).
@@ -47,12 +52,18 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         raise DataError(f"{error}\nWithout labels, pecobook embed writes the features to a file.") from None
     features, image_size = _feature_function(config)  # may download weights, so the images are checked first
     show_source(splits)
-    size = config.image_size or image_size
+    size, layers = config.image_size or image_size, None
+    if min(config.max_train, len(splits.train)) > _EVERY_LAYER:
+        few, labels = extract(splits.train, size, _EVERY_LAYER, features, "features of every layer")
+        assert labels is not None
+        layers = layer_accuracies(few, labels, seed=config.seed)
+        del few
+        features = partial(_only, features, _feature_sets(list(layers))[max(layers, key=lambda name: layers[name])])
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
     test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")
     assert train_labels is not None
     assert test_labels is not None
-    results = probe_features(train, test, train_labels, test_labels, seed=config.seed)
+    results = probe_features(train, test, train_labels, test_labels, seed=config.seed, layers=layers)
     show(_table(results, len(splits.train.classes or ()), len(train_labels)))
     if config.out:
         without_images = {
@@ -78,8 +89,28 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
     return lambda images: backbone_features(backbone, images, every_layer=True), size
 
 
+def _only(features: FeatureFunction, names: list[str], images: Tensor) -> dict[str, Tensor]:
+    found = features(images)
+    return {name: found[name] for name in names}
+
+
+def layer_accuracies(train: Mapping[str, Tensor], labels: Tensor, *, seed: int) -> dict[str, float]:
+    """Return the accuracy on a validation part of training of each set of features, and of pairs; see `probe_features`.
+
+    `train` maps the name of a set to features (N, F), `labels` is int64 (N,).
+    """
+    sets = _feature_sets(list(train))
+    return {name: validation_accuracy(_concatenated(train, parts), labels, seed=seed) for name, parts in sets.items()}
+
+
 def probe_features(
-    train: Mapping[str, Tensor], test: Mapping[str, Tensor], train_labels: Tensor, test_labels: Tensor, *, seed: int
+    train: Mapping[str, Tensor],
+    test: Mapping[str, Tensor],
+    train_labels: Tensor,
+    test_labels: Tensor,
+    *,
+    seed: int,
+    layers: dict[str, float] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Choose the best of several sets of features on a validation part of training, and run both probes on it.
 
@@ -91,17 +122,16 @@ def probe_features(
         train_labels: int64 (N,).
         test_labels: int64 (M,).
         seed: seed of the validation part.
+        layers: result of `layer_accuracies`, where the best was chosen before; None chooses here.
 
     Returns:
         {"linear", "knn"}, each with accuracy and standard_error (percent), features (the chosen set), correct
         (M booleans) and, in linear, layers (name to validation accuracy).
     """
-    sets = _feature_sets(list(train))
-    layers = {
-        name: validation_accuracy(_concatenated(train, parts), train_labels, seed=seed) for name, parts in sets.items()
-    }
+    layers = layer_accuracies(train, train_labels, seed=seed) if layers is None else layers
     best = max(layers, key=lambda name: layers[name])
-    best_train, best_test = (_concatenated(features, sets[best]) for features in (train, test))
+    parts = _feature_sets(list(train))[best]
+    best_train, best_test = (_concatenated(features, parts) for features in (train, test))
     linear = linear_probe(best_train, train_labels, best_test, test_labels, seed=seed)
     knn = knn_probe(best_train, train_labels, best_test, test_labels)
     results = {
@@ -123,7 +153,7 @@ def _feature_sets(names: list[str]) -> dict[str, list[str]]:
 
 
 def _concatenated(features: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    return torch.cat([features[name].float() for name in names], 1)
+    return features[names[0]] if len(names) == 1 else torch.cat([features[name] for name in names], 1)
 
 
 def _table(results: dict[str, dict[str, Any]], num_classes: int, num_train: int) -> str:

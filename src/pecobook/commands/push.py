@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pecobook.engine.dry_run import size_text
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.dense.detector import Detector
 from pecobook.models.dense.segmenter import Segmenter
@@ -83,7 +84,7 @@ def _list(config: PushConfig, folder: Path, files: dict[str, bytes | Path]) -> N
     where = f"{config.repo}{branch}{', private' if config.private else ''}"
     show(f"To {where}, from '{folder}':")
     for name, size in sizes.items():
-        show(f"  {name:<24} {_bytes(size):>10}")
+        show(f"  {name:<24} {size_text(size):>10}")
     here = {file.name for file in folder.iterdir() if not file.name.endswith(".sha256")} - files.keys()
     if TRAINING_FILE in here:
         show(f"Not sent: {TRAINING_FILE}, which only another training reads (--init).")
@@ -92,10 +93,6 @@ def _list(config: PushConfig, folder: Path, files: dict[str, bytes | Path]) -> N
         show(f"Not sent: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}, which no run writes there.")
     if not config.license:
         show("The card names no licence, so nobody else may use the weights: --license mit, for example.")
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 class _About:

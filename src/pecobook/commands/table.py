@@ -159,7 +159,7 @@ COMMANDS: dict[str, Command] = {
         ExploreConfig,
         "RUN [RUN ...] --data SOURCE",
         ("explore runs/codebook --data photos", "explore runs/codebook runs/vit --data IMAGES --port 8000"),
-        "runs data images host port share upload-mb",
+        "runs data images host port upload-mb",
         words=("runs",),
     ),
     "reproduce": Command(

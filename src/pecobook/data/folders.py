@@ -24,7 +24,7 @@ from pecobook.data.decode import read_file
 from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
 from pecobook.data.parts import Contents
-from pecobook.data.source import Integers, Note, Store
+from pecobook.data.source import Integers, Note, Store, arrow_binary, arrow_integers
 from pecobook.errors import DataError, some_of
 from pecobook.utils.distributed import made_by_first_rank
 
@@ -68,15 +68,20 @@ class FileStore(Store):
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the files of the rows."""
-        for start in range(0, len(rows), _CHUNK):
-            yield from (self._prefix + path for path in self._paths.take(rows[start : start + _CHUNK]).to_pylist())
+        for paths in self._names(rows):
+            yield from (self._prefix + path for path in paths)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""
         digest = hashlib.sha256()
-        for start in range(0, len(rows), _CHUNK):
-            digest.update(b"\0".join(self._paths.take(rows[start : start + _CHUNK]).to_pylist()) + b"\0")
+        for paths in self._names(rows):
+            digest.update(b"\0".join(paths) + b"\0")
         return digest.hexdigest()
+
+    def _names(self, rows: Integers) -> Iterator[list[bytes]]:
+        """Yield the relative paths of the rows, some at a time."""
+        for start in range(0, len(rows), _CHUNK):
+            yield self._paths.take(arrow_integers(rows[start : start + _CHUNK])).to_pylist()
 
 
 @dataclass
@@ -109,11 +114,8 @@ class ImageNames:
 
     def finish(self) -> None:
         """Complete the last chunk."""
-        import pyarrow as pa
-
         if self._names:
-            # large_binary, because the paths of many millions of files exceed 2 GiB in total.
-            self.chunks.append(pa.array(self._names, pa.large_binary()))
+            self.chunks.append(arrow_binary(self._names))
             self._names = []
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pecobook.data.sampler import key
 from pecobook.errors import ConfigError
+from pecobook.settings.pretrain import MaskConfig
 
 _NUM_ATTEMPTS = 10
 _LOG_ASPECT = math.log(1 / 0.3)
@@ -110,3 +112,11 @@ def add_border_patch(bits: int, grid: tuple[int, int], generator: torch.Generato
     for _ in range(choice):
         candidates &= candidates - 1  # without its lowest bit
     return bits | (candidates & -candidates)
+
+
+def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tensor:
+    """Draw the mask of a view: bool (h, w)."""
+    generator = torch.Generator().manual_seed(key(view_key, 2) >> 1)
+    if config.kind == "random":
+        return random_mask(grid, num_masked=config.num_masked, generator=generator)
+    return blockwise_mask(grid, num_masked=config.num_masked, min_block=config.min_block, generator=generator)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pecobook.data.decode import BadImage
-from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary, arrow_integers
 from pecobook.errors import RunFolderError, first_line, printable, some_of
 from pecobook.utils.files import write_atomically
 
@@ -65,10 +65,11 @@ class Record:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        contents = [self.contents.get(number) for number in range(len(self.names))]
-        columns = [pa.array(self.names, pa.large_binary()), self.sizes, self.times, pa.array(contents, pa.string())]
+        contents = pa.lib.StringBuilder()
+        contents.append_values(self.contents.get(number) for number in range(len(self.names)))
+        columns = [arrow_binary(self.names), arrow_integers(self.sizes), arrow_integers(self.times), contents.finish()]
         sink = pa.BufferOutputStream()
-        table = pa.table(dict(zip(("name", "size", "time", "content"), columns, strict=True)))
+        table = pa.Table.from_arrays(columns, names=["name", "size", "time", "content"])
         pq.write_table(table, sink, compression="zstd", use_dictionary=False)
         write_atomically(folder / FILE, sink.getvalue().to_pybytes())
 

@@ -1,4 +1,4 @@
-"""Files on other machines: s3://, gs://, https://, hf:// and all else that fsspec knows.
+"""Files on other machines: s3://, gs://, https://, hf:// and all else that fsspec knows, and file:// for this machine.
 
 A `RemotePath` is a path with the few methods that this package calls on the paths of tar and parquet files. Bytes come
 by range requests of 4 MiB. A request that fails is sent again, with growing pauses. Blocks are kept in a folder of the
@@ -41,7 +41,7 @@ _TIMEOUT = 60.0
 PATIENCE = 300.0
 """Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
 _SUFFIXES = (".tar", ".parquet")
-_URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory)://")
+_URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory|file)://")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _FINAL = ("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket")
 """Parts of the names of errors for which another request is of no use."""
@@ -56,7 +56,8 @@ class RemotePath(PosixPath):
     """A path of a file on another machine: `str` gives its address."""
 
     def __str__(self) -> str:
-        return super().__str__().replace(":/", "://", 1)
+        address = super().__str__()
+        return address.replace(":/", ":///" if address.startswith("file:") else "://", 1)
 
     def __fspath__(self) -> str:
         return str(self)
@@ -229,7 +230,8 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> list[Remo
             continue
         paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
         paths = [path.removeprefix(f"{protocol}://").lstrip("/") for path in paths]
-        found += [f"{protocol}://{path}" for path in paths if is_pattern or path.endswith(_SUFFIXES)]
+        start = "file:///" if protocol == "file" else f"{protocol}://"
+        found += [f"{start}{path}" for path in paths if is_pattern or path.endswith(_SUFFIXES)]
     kinds = {url.rpartition(".")[2] for url in found}
     if not kinds <= {"tar", "parquet"} or len(kinds) != 1:
         what = (
@@ -251,10 +253,9 @@ def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
 _written = 0
 
 
-def cache_folder() -> Path:
-    """Return the folder of the blocks."""
-    folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
-    return folder / "remote"
+def cache_folder(name: str = "remote") -> Path:
+    """Return the path of an entry of pecobook's cache; `remote` is the folder of the blocks."""
+    return Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser() / name
 
 
 def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:

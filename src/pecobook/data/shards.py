@@ -24,7 +24,7 @@ from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, encode_labels
-from pecobook.data.remote import RemotePath
+from pecobook.data.remote import RemotePath, cache_folder
 from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -33,6 +33,7 @@ from pecobook.utils.files import write_atomically
 
 _INDEX_VERSION = 3  # a new number invalidates the cached indices
 _MAX_NOTES = 5
+_PART = 2**16  # rows that are hashed at a time
 _THREADS = 8  # remote shards whose headers are read at once
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
@@ -103,9 +104,12 @@ class ShardStore(Store):
         """Return a hash of the shards' names, of the members' names, offsets and sizes, and of the bytes of some."""
         digest = hash_some(self.encoded, rows)
         digest.update(repr([shard.name for shard in self._shards]).encode())
+        parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
         for column in (self._shard, self._offset, self._size):
-            digest.update(column[rows].astype("<i8").tobytes())
-        digest.update("\0".join(self._members.take(rows).to_pylist()).encode())
+            for part in parts:
+                digest.update(column[part].astype("<i8").tobytes())
+        for number, part in enumerate(parts):
+            digest.update((b"\0" if number else b"") + "\0".join(self._members.take(part).to_pylist()).encode())
         return digest.hexdigest()
 
 
@@ -132,10 +136,12 @@ def shard_contents(source: str, shards: list[Path], root: Path | None = None) ->
     groups, unused = group_by_split(names)
     layout, folder_of = _read_folders(source, index, groups, unused)
     parts = parts_of(layout, store, folder_of)
-    values = index.column("label").to_pylist()
-    if any(value is not None for value in values) or not any(layout.class_of):
+    labelled = index.column("label").null_count < len(index)
+    if labelled or not any(layout.class_of):
+        codes, texts = _distinct(index.column("label"))
+        values = np.array([*texts, None], dtype=object)  # images with one label share its text
         for split, part in parts.items():
-            labels, unlabelled = _labels(source, [values[row] for row in part.rows], store, part.rows)
+            labels, unlabelled = _labels(source, values[codes[part.rows]].tolist(), store, part.rows)
             parts[split] = Part(store, part.rows, labels, unlabelled)
     else:
         notes.append("No .cls or .json member holds a label: the folders inside the shards are taken for classes.")
@@ -151,11 +157,20 @@ def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused:
     """
     split_of: dict[int, str | None] = dict.fromkeys(unused)
     split_of |= {shard: split if len(groups) > 1 else "" for split, shards in groups.items() for shard in shards}
-    pairs = zip(index.column("shard").to_pylist(), index.column("member").to_pylist(), strict=True)
-    keys = [(split_of[shard], member.rpartition("/")[0]) for shard, member in pairs]
-    used = [key for key in dict.fromkeys(keys) if key[0] is not None]
+    import pyarrow.compute as pc
+
+    before_last_slash = {"pattern": "(?s)^(?:(.*)/)?[^/]*$", "replacement": r"\1"}
+    codes, folders = _distinct(pc.replace_substring_regex(index.column("member"), **before_last_slash))
+    splits = list(dict.fromkeys(split_of.values()))
+    split_number = np.array([splits.index(split_of[shard]) for shard in range(len(split_of))], dtype=np.int64)
+    keys, first, key_of = np.unique(
+        split_number[index.column("shard").to_numpy()] * len(folders) + codes, return_index=True, return_inverse=True
+    )
+    in_order = [divmod(int(key), len(folders)) for key in keys[np.argsort(first)]]
+    used = [(splits[split], folders[folder]) for split, folder in in_order if splits[split] is not None]
     number_of = {key: number for number, key in enumerate(used)}
-    folder_of = np.array([number_of.get(key, len(used)) for key in keys], dtype=np.int64)
+    of_keys = [(splits[int(key) // len(folders)], folders[int(key) % len(folders)]) for key in keys]
+    folder_of = np.array([number_of.get(key, len(used)) for key in of_keys], dtype=np.int64)[key_of]
     paths = (f"{split}/{folder}".split("/") for split, folder in used)
     layout = read_layout(source, [tuple(part for part in path if part not in ("", ".")) for path in paths])
     if len(used) in folder_of:
@@ -163,6 +178,13 @@ def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused:
         layout.class_of.append(None)
         layout.reason_of[len(used)] = "in files that name no split, beside files that do"
     return layout, folder_of
+
+
+def _distinct(column: Any) -> tuple[Integers, list[str]]:
+    """Return the distinct texts of an Arrow column, and for each row the number of its text, -1 without one."""
+    encoded = column.dictionary_encode().combine_chunks()
+    encoded = encoded.chunk(0) if hasattr(encoded, "chunk") else encoded
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
 
 
 def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integers) -> tuple[Labels | None, str]:
@@ -194,13 +216,12 @@ def _load_index(source: str, shards: list[Path]) -> Any:
             key.update(f"{file_version(shard)}\n".encode())
         except OSError as error:
             raise DataError(f"--data '{source}': '{shard}' cannot be opened: {error.strerror}.") from error
-    folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
-    path = folder / f"shards-{key.hexdigest()[:32]}.parquet"
+    path = cache_folder(f"shards-{key.hexdigest()[:32]}.parquet")
     with contextlib.suppress(Exception):  # an index that is absent or damaged is made anew below
         return pq.read_table(path)
     index = make_index(source, shards)
     with contextlib.suppress(OSError):  # without a writable cache, only the next start takes longer
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(index, sink)
         own = path.with_name(f"{path.stem}-{socket.gethostname()}-{os.getpid()}.parquet")
@@ -221,27 +242,29 @@ def make_index(source: str, shards: list[Path]) -> Any:
     """
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {name: [] for name in ("shard", "member", "offset", "size", "label")}
+    types = {"shard": pa.int32(), "member": pa.large_string(), "offset": pa.int64(), "size": pa.int64()}
+    schema, batches = pa.schema(types | {"label": pa.string()}), []
     left_out: Counter[str] = Counter()
     notes: list[str] = []
     is_remote = any(isinstance(shard, RemotePath) for shard in shards)
     with ThreadPoolExecutor(_THREADS if is_remote else 1) as threads:
-        waiting = [threads.submit(index_shard, shard) for shard in shards]
-    for number, (shard, future) in enumerate(zip(shards, waiting, strict=True)):
-        try:
-            found = future.result()
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(
-                f"--data '{source}': '{shard}' cannot be read as a tar file: {error}.\n"
-                "Shards must be uncompressed .tar files."
-            ) from error
-        left_out += found.left_out
-        notes += found.notes
-        for image in found.images:
-            for column, value in zip(columns, (number, *image), strict=True):
-                columns[column].append(value)
-    types = {"shard": pa.int32(), "member": pa.large_string(), "offset": pa.int64(), "size": pa.int64()}
-    table = pa.table({name: pa.array(columns[name], kind) for name, kind in (types | {"label": pa.string()}).items()})
+        indices = threads.map(index_shard, shards)  # each is let go when it is in the table
+        for number, shard in enumerate(shards):
+            try:
+                found = next(indices)
+            except (tarfile.TarError, OSError) as error:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise DataError(
+                    f"--data '{source}': '{shard}' cannot be read as a tar file: {error}.\n"
+                    "Shards must be uncompressed .tar files."
+                ) from error
+            left_out += found.left_out
+            notes += found.notes
+            columns = zip(*((number, *image) for image in found.images), strict=True)
+            if found.images:
+                arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+                batches.append(pa.record_batch(arrays, schema=schema))
+    table = pa.Table.from_batches(batches, schema)
     if len(notes) > _MAX_NOTES:
         notes[_MAX_NOTES:] = [f"There is more damage in the shards: {len(notes) - _MAX_NOTES:,} further places."]
     return table.replace_schema_metadata({"left_out": json.dumps(left_out), "notes": json.dumps(notes)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
@@ -26,6 +26,8 @@ from pecobook.errors import DataError
 
 Integers = npt.NDArray[np.int64]
 _HASHED_IMAGES = 32
+_PART = 2**20
+"""Indices of images that are hashed at a time."""
 
 
 class Store:
@@ -115,7 +117,8 @@ class ImageSource:
         self.left_out = dict(left_out or {})
         self.name, self.split, self.classes, self.labels = name, split, classes, labels
         self._store = store
-        self._rows = rows  # int64 (n,): image number -> row of the store; None stands for all rows in order
+        # Integers (n,): image number -> row of the store; None stands for all rows in order.
+        self._rows = None if rows is None else _compact(rows, len(store))
 
     def __len__(self) -> int:
         return len(self._store) if self._rows is None else len(self._rows)
@@ -152,11 +155,11 @@ class ImageSource:
 
     def subset(self, indices: Iterable[int] | Integers) -> Self:
         """Return a source with only the given images, in the given order."""
-        chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
+        chosen = indices if isinstance(indices, np.ndarray) else np.asarray(list(indices), dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"a subset of {len(self)} images has the indices {chosen.min()} to {chosen.max()}")
         part = copy.copy(self)
-        part._rows = chosen if self._rows is None else self._rows[chosen]
+        part._rows = _compact(chosen, len(self._store)) if self._rows is None else self._rows[chosen]
         part.labels = None if self.labels is None else self.labels[chosen]
         return part
 
@@ -204,7 +207,7 @@ class ImageSource:
     @property
     def rows(self) -> Integers:
         """The row of the store of each image, int64 (n,)."""
-        return np.arange(len(self._store), dtype=np.int64) if self._rows is None else self._rows
+        return np.arange(len(self._store), dtype=np.int64) if self._rows is None else self._rows.astype(np.int64)
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -272,6 +275,29 @@ def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
     return digest
 
 
+def arrow_binary(values: list[bytes]) -> Any:
+    """Return an Arrow array of texts, which may have more than 2 GiB in all; see `arrow_integers`."""
+    import pyarrow as pa
+
+    ends = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
+    )
+
+
+def arrow_integers(values: Integers) -> Any:
+    """Return an Arrow array of the integers.
+
+    pyarrow's own conversion would import pandas, which takes half a second of a processor at every start.
+    """
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(
+        pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, dtype=np.int64))]
+    )
+
+
 def file_version(file: Path) -> str:
     """Return text that changes when a file is replaced or written, also if its time is then set back.
 
@@ -308,9 +334,38 @@ def hold_out(source: ImageSource) -> Splits:
     count = len(source)
     if count < 2:
         raise DataError(f"--data '{source.name}' holds one image; at least two are needed, one for evaluation.")
-    hashes = splitmix64_array(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    is_held_out = np.zeros(count, dtype=bool)
-    is_held_out[np.argsort(hashes, kind="stable")[: max(1, count // 10)]] = True
-    evaluation = source.subset(np.flatnonzero(is_held_out))
+    largest = _kth_hash(count, max(1, count // 10))
+    evaluation = source.subset(_numbers(count, lambda hashes: hashes <= largest))
     evaluation.split, evaluation.left_out = "evaluation", {}  # `train` has the counts of all images
-    return Splits(source.subset(np.flatnonzero(~is_held_out)), evaluation, "held-out 10% of train")
+    train = source.subset(_numbers(count, lambda hashes: hashes > largest))
+    return Splits(train, evaluation, "held-out 10% of train")
+
+
+def _hashes(count: int) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+    """Yield the hashes of some indices at a time, no two of which are equal, and the first of these indices."""
+    for start in range(0, count, _PART):
+        indices = np.arange(start, min(start + _PART, count), dtype=np.uint64)
+        yield start, splitmix64_array(indices * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _kth_hash(count: int, k: int) -> np.uint64:
+    """Return the k-th smallest hash (from 1) of the indices below `count`, of which few are in memory at a time."""
+    leading = np.zeros(2**16, np.int64)  # how many hashes begin with these 16 bits
+    for _, hashes in _hashes(count):
+        leading += np.bincount((hashes >> np.uint64(48)).astype(np.int64), minlength=2**16)
+    up_to = np.cumsum(leading)
+    bits = int(np.searchsorted(up_to, k))
+    alike = np.concatenate([hashes[hashes >> np.uint64(48) == bits] for _, hashes in _hashes(count)])
+    smallest: np.uint64 = np.sort(alike)[k - 1 - (up_to[bits] - leading[bits])]
+    return smallest
+
+
+def _numbers(count: int, belongs: Callable[[npt.NDArray[np.uint64]], Any]) -> npt.NDArray[Any]:
+    """Return the indices whose hash belongs to a split, in order."""
+    parts = [_compact(np.flatnonzero(belongs(hashes)) + start, count) for start, hashes in _hashes(count)]
+    return np.concatenate(parts)
+
+
+def _compact(numbers: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    """Return numbers below `count` in four bytes each where they fit."""
+    return numbers.astype(np.uint32 if count <= 2**32 else np.int64)

@@ -30,7 +30,7 @@ from pecobook.utils.devices import cores
 # more of an image than its pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape between
 # images.
 ViewFunction: TypeAlias = Callable[..., dict[str, Any]]
-# What goes with a sample beside its view: (number of the image, epoch) to named tensors. It may raise BadImage too.
+# What goes with a sample beside its view: (number of the image, of its view) to named tensors. It may raise BadImage.
 Companion: TypeAlias = Callable[[int, int], dict[str, Tensor]]
 
 _GIVE_UP_AFTER = 100
@@ -42,7 +42,9 @@ class Stream(Dataset[dict[str, Any]]):
     A sample holds what `view` and `companion` return, `index` (the image's number), `label` when the source has labels,
     `replaced` (bool, whether it replaces an image that cannot be read) and `skipped` (what could not be read on the
     way, as text). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch,
-    or, with `num_views`, the epoch modulo that. `window` is that of `permute_windows`.
+    or, with `num_views`, the epoch modulo that. With `repeats`, that many neighbouring positions stand for as many
+    views of one image, so an epoch of the order takes that many times the positions. `window` is that of
+    `permute_windows`.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class Stream(Dataset[dict[str, Any]]):
         *,
         companion: Companion | None = None,
         num_views: int = 0,
+        repeats: int = 1,
         window: int = 0,
     ) -> None:
         self.source, self.view, self.seed, self.window = source, view, seed, window
-        self.companion, self.num_views = companion, num_views
+        self.companion, self.num_views, self.repeats = companion, num_views, repeats
         self.shortest = shortest_side(view)
         self.failure = ""
         """A sentence on a data-loading process that was killed."""
@@ -66,14 +69,15 @@ class Stream(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         size = len(self.source)
+        position, repeat = divmod(position, self.repeats)
         epoch, place = divmod(position, size)
         skipped: list[str] = []
         for _ in range(min(size, _GIVE_UP_AFTER)):
             index = permute_windows(place, size, self.window, key(self.seed, epoch))
-            number = epoch % self.num_views if self.num_views else epoch
+            number = epoch * self.repeats + repeat
             try:
-                beside = {} if self.companion is None else self.companion(index, epoch)
-                (view,) = self.views(index, [number])
+                beside = {} if self.companion is None else self.companion(index, number)
+                (view,) = self.views(index, [number % self.num_views if self.num_views else number])
             except BadImage as error:
                 skipped.append(str(error))
                 place = (place + 1) % size

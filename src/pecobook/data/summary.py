@@ -12,7 +12,7 @@ import io
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -310,7 +310,8 @@ def _extremes(counts: Mapping[str, int]) -> tuple[str, str, str]:
     """Return the rarest class and the commonest class that occur, and words on those that do not."""
     present = [name for name, count in counts.items() if count]
     absent = [short(name) for name, count in counts.items() if not count]
-    words = f", none of {first_of(absent)}" if absent else ""
+    more = f" and {len(absent) - 3:,} more" if len(absent) > 3 else ""
+    words = f", none of {', '.join(absent[:3])}{more}" if absent else ""
     return min(present, key=counts.__getitem__), max(present, key=counts.__getitem__), words
 
 
@@ -340,9 +341,3 @@ def _range(low: int, high: int) -> str:
 def short(name: str) -> str:
     """Return a name of at most 24 characters."""
     return name if len(name) <= 24 else f"{name[:21]}..."
-
-
-def first_of(names: Sequence[str]) -> str:
-    """Return the first three names, and the number of further ones."""
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -207,7 +207,8 @@ def load_hub(source: str) -> tuple[dict[str, tuple[str, str, str, Any]], dict[st
     except Exception as error:  # network, hub, gated, unknown name, builder: each library raises exceptions of its own
         raise DataError(
             f"--data '{source}' cannot be loaded from the Hugging Face hub: {_first_line(error)}\n"
-            "Check the name (hf:owner/name or hf:owner/name:config), the network, and your access to a gated data set."
+            "Check the name (hf:owner/name or hf:owner/name:config), the network, and your access to a gated data set; "
+            f"without room for a copy, --data hf://datasets/{name} reads its parquet files where they are."
         ) from error
     names = list(loaded)
     tables = {}

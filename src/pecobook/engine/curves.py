@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+from pecobook.engine.log import Sink
 from pecobook.errors import first_line
 from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say
@@ -20,7 +21,7 @@ _FIRST_COST = 3.0
 """Seconds that the first drawing may take, which also imports the library."""
 
 
-class Curves:
+class Curves(Sink):
     """Draw curves.png after evaluations and with checkpoints, in at most a hundredth of the time, and at the end.
 
     The picture is drawn from metrics.jsonl, so that it also has the steps before a resume. An error leaves the run as
@@ -38,9 +39,6 @@ class Curves:
         self._outdated = True
         if any(name.startswith("evaluation/") for name in metrics):
             self.flush()
-
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        """Ignore the picture, which is already in samples/."""
 
     def flush(self) -> None:
         """Renew the picture if the last drawing was long enough ago."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ def measure(stage: Stage[Any], train: Stream, config: TrainConfig) -> Measured:
     stage.to(place).train()
     optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=config.precision != "fp16")
     count = min(micro, max(stage.min_batch_size, 2))
-    with trainable_attention(place, config.attention), _autocast(config, place.type):
+    with trainable_attention(place, config.attention), autocast(config.precision, place):
         read, compute, kept = _pass(stage, train, count, keep=True)
         activations = kept * micro // count
         if compute < 10 * _ENOUGH[place.type]:
@@ -140,11 +140,10 @@ def _pass(stage: Stage[Any], train: Stream, count: int, *, keep: bool = False) -
     return read, time.perf_counter() - began, sum(blocks.values())
 
 
-@contextmanager
-def _autocast(config: TrainConfig, kind: str) -> Iterator[None]:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    with torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None):
-        yield
+def autocast(precision: str, place: torch.device) -> torch.autocast:
+    """Return a context that computes on a device in the (resolved) precision of the settings."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -24,7 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pecobook.engine.siblings import LostProcessError, known_loss, lost
 from pecobook.engine.signals import stop_requested
-from pecobook.engine.world import World
+from pecobook.engine.world import World, is_leader, launched
 from pecobook.errors import first_line
 from pecobook.utils.distributed import world_size
 from pecobook.utils.printer import show
@@ -68,11 +70,38 @@ def join(world: World, device: torch.device) -> None:
         raise lost(f"The processes of the run could not connect at {place}: {first_line(error)}", world.rank) from None
 
 
+_LISTS = "PECOBOOK_LISTS"
+
+
+@contextmanager
+def lists_for_children(*, starts_others: bool) -> Iterator[str]:
+    """Give the folder in which the processes that the first one starts itself find what it listed before.
+
+    It is the same for all, and exists until the first leaves this context; empty where there are no such processes, or
+    no folder can be made.
+    """
+    if launched() is not None or not is_leader():
+        yield os.environ.get(_LISTS, "") if launched() is None else ""
+        return
+    folder = ""
+    with suppress(OSError):
+        folder = tempfile.mkdtemp(prefix="pecobook-") if starts_others else ""
+    os.environ[_LISTS] = folder
+    try:
+        yield folder
+    finally:
+        os.environ.pop(_LISTS, None)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class _Limit:
     """The time that is left for all processes to come."""
 
     def __init__(self, world: World, place: str) -> None:
         self.world, self.place, self.end, self.stopped = world, place, time.monotonic() + _MEET, False
+        self.is_alone = False
+        """Whether the first process, which speaks for all, is not there."""
 
     def wait(self) -> None:
         """Wait for a moment. Raises LostProcessError or SystemExit when the time is over."""
@@ -82,7 +111,7 @@ class _Limit:
             raise lost(known_loss(), self.world.rank)
         if time.monotonic() > self.end:
             if self.stopped:
-                show("Stopped before the first step.")
+                show("Stopped before the first step.", always=self.is_alone)
                 raise SystemExit(130)
             raise lost(
                 f"Not all {self.world.size} processes came to {self.place} within {_MEET / 60:.0f} minutes: one has "
@@ -98,7 +127,9 @@ def _store(world: World, limit: _Limit) -> TCPStore:
     opens = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while True:
         while not opens and not _answers(host, port):
+            limit.is_alone = True
             limit.wait()
+        limit.is_alone = False
         try:
             return TCPStore(
                 host,

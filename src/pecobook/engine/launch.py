@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from pecobook.data.stream import default_workers
-from pecobook.engine.join import join, told_of_lost_processes, watch_children
+from pecobook.engine.join import join, lists_for_children, told_of_lost_processes, watch_children
 from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.engine.wrapping import strategy
@@ -114,8 +114,10 @@ def _kind(config: TrainConfig) -> str:
     return device(1 if alone else 2).type
 
 
-def check_communication(config: TrainConfig) -> None:
-    """Raise ConfigError where fsdp would gather weights in bf16 for a training in another (resolved) precision."""
+def check_low_precision(config: TrainConfig) -> None:
+    """Raise ConfigError where a part of a training is to be in bf16, but its (resolved) precision is another one."""
+    if getattr(config, "residual", "fp32") == "bf16" and config.precision != "bf16":
+        raise ConfigError(f"--residual bf16: the precision is {config.precision} here: give --precision bf16 too.")
     if config.communication == "bf16" and config.strategy == "fsdp" and config.precision != "bf16":
         raise ConfigError(
             "--communication bf16 gives each device weights in bf16 under --strategy fsdp, and the precision is "
@@ -165,18 +167,19 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
     fabric = None
     if world is not None:  # before the preflight, which resolves the precision too
         fabric = start(dataclasses.replace(config, precision=resolve_precision(config)))  # type: ignore[arg-type]
-    with sharing():  # rank 0 lists folders of images for all
-        ready = on_all_ranks(preflight)
     locks: list[FolderLock] = []
-    try:
-        if fabric is not None or is_leader():  # a process that the first one has started joins later
-            _stop_if_asked()
-            long_on_first_rank(lambda: locks.append(prepare(ready)))
-        return Begun(fabric or start(ready.config), ready, locks[0] if locks else None)
-    except BaseException:
-        for lock in locks:
-            lock.release()
-        raise
+    with lists_for_children(starts_others=_are_several(config)) as lists:  # until the others have joined
+        with sharing(lists, is_first=is_leader()):  # rank 0 lists folders of images for all
+            ready = on_all_ranks(preflight)
+        try:
+            if fabric is not None or is_leader():  # a process that the first one has started joins later
+                _stop_if_asked()
+                long_on_first_rank(lambda: locks.append(prepare(ready)))
+            return Begun(fabric or start(ready.config), ready, locks[0] if locks else None)
+        except BaseException:
+            for lock in locks:
+                lock.release()
+            raise
 
 
 def _stop_if_asked() -> None:
@@ -186,17 +189,20 @@ def _stop_if_asked() -> None:
         raise SystemExit(130)
 
 
+def _are_several(config: TrainConfig) -> bool:
+    try:
+        return total_devices(config) > 1
+    except ConfigError:  # the preflight reports it
+        return False
+
+
 @contextmanager
 def signals(config: TrainConfig) -> Iterator[None]:
     """Start and run with these settings in this context, in which signals and lost processes are handled.
 
     See `engine.signals.from_the_start` and `engine.join.told_of_lost_processes`.
     """
-    try:
-        several = total_devices(config) > 1
-    except ConfigError:  # the preflight reports it
-        several = False
-    with from_the_start(several=several), told_of_lost_processes():
+    with from_the_start(several=_are_several(config)), told_of_lost_processes():
         yield
 
 
@@ -339,15 +345,22 @@ def _leave_process_group() -> None:
 
 
 @contextmanager
-def deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
-    """Use deterministic GPU kernels within the context. PyTorch warns of operations that have no such kernel."""
+def deterministic(device: torch.device, enabled: bool, *, one_size: bool = False) -> Iterator[None]:
+    """Use deterministic GPU kernels within the context. PyTorch warns of operations that have no such kernel.
+
+    Where that is not wanted, and all images have `one_size`, cuDNN tries its kernels of each convolution at the first
+    step and takes the fastest, which may be another one when the run resumes.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tried = torch.backends.cudnn.benchmark
     if enabled and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first matrix product
         torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = tried or (one_size and not enabled and device.type == "cuda")
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = tried
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 

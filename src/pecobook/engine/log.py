@@ -18,23 +18,23 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pecobook.errors import ConfigError, printable
 from pecobook.settings.tracking import TrackingConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.json_files import metric_lines
-from pecobook.utils.printer import print_above, show, write_notes_to
+from pecobook.utils.printer import doing, print_above, show, write_notes_to
 
 
-class Sink(Protocol):
-    """A logger that records metrics and pictures."""
+class Sink:
+    """A logger that records metrics and pictures; by default it does nothing."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record `metrics` of `step`."""
 
     def picture(self, name: str, png: bytes, step: int) -> None:
-        """Record a picture."""
+        """Record a picture, which is also in samples/."""
 
     def flush(self) -> None:
         """Bring to the disk what was recorded, before a checkpoint from which the run resumes after it."""
@@ -43,7 +43,7 @@ class Sink(Protocol):
         """Flush and close the logger."""
 
 
-class JsonLines:
+class JsonLines(Sink):
     """Write metrics.jsonl: one JSON object for each logged step."""
 
     def __init__(self, path: Path, *, start_step: int) -> None:
@@ -65,9 +65,6 @@ class JsonLines:
         self._file.flush()
         self.last = {**logged, **added}
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        """Ignore the picture, which is already in samples/."""
-
     def flush(self) -> None:
         """Flush the file to the disk."""
         os.fsync(self._file.fileno())
@@ -86,7 +83,7 @@ def _drop_after(path: Path, step: int) -> dict[str, Any]:
     return kept[-1][1] if kept else {}
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Write TensorBoard events into the run folder.
 
     Args:
@@ -137,7 +134,7 @@ def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Sink):
     """Log to a run in Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
@@ -166,15 +163,12 @@ class WeightsAndBiases:
         """Record an image."""
         self._run.log({name: self._wandb.Image(_decode(png))}, step=step)
 
-    def flush(self) -> None:
-        """Do nothing: the package sends what it has."""
-
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
 
 
-class MLflow:
+class MLflow(Sink):
     """Log to a run in MLflow, at the server of MLFLOW_TRACKING_URI, or offline into the folder `mlruns` of the run."""
 
     def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
@@ -200,9 +194,6 @@ class MLflow:
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
         self._mlflow.log_image(_decode(png), f"{name}/{step:08d}.png")
-
-    def flush(self) -> None:
-        """Do nothing: the package sends what it has."""
 
     def close(self) -> None:
         """End the run."""
@@ -287,17 +278,20 @@ class Progress:
         self._start, self._last_line, self._status = start, 0.0, ""
         self._first: tuple[int, float] | None = None  # the first step that was shown, and the time then
         self._bar: Any = None
+        doing("")
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
             self._bar = Bar(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}", markup=False),
-                TimeElapsedColumn(),
+                TextColumn("elapsed"),
+                TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
                 console=Console(stderr=True),
             )
             self._bar.start()
@@ -316,6 +310,8 @@ class Progress:
             f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
             f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
+            f"{metrics['tflops']:.3g} TFLOP/s" if "tflops" in metrics else "",
+            f"MFU {100 * metrics['mfu']:.0f}%" if "mfu" in metrics else "",
             f"{metrics['gpu_memory']:.1f} GB" if "gpu_memory" in metrics else "",
         ]
         shown = (("knn", "k-NN {:.1f}%"), ("linear", "linear {:.1f}%"), ("rank", "rank {:.1f}"))

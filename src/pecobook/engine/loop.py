@@ -6,6 +6,7 @@ state and one integer, and a run that was killed resumes bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from pecobook.data.batch import Batch
 from pecobook.data.loading import WorkerError, reading_advice
 from pecobook.data.sampler import BatchPositions, key
-from pecobook.data.stream import Stream, load, to_device
+from pecobook.data.stream import Stream, load
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
+from pecobook.engine.feed import Feed
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.hooks import Hook, OnStep
 from pecobook.engine.launch import deterministic, device_count, micro_batch_size, num_workers
@@ -34,6 +36,7 @@ from pecobook.engine.probing import Probe
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
 from pecobook.engine.skipped import Skipped
+from pecobook.engine.speed import Speed
 from pecobook.engine.wrapping import prepare_module
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
@@ -73,6 +76,7 @@ def fit(
     command: str,
     reference: Stream | None = None,
     probe: Callable[[int, int], Probe] | None = None,
+    flop: Callable[[], float | None] = lambda: None,
     preamble: Sequence[str] = (),
     draw: Draw | None = None,
     on_step: OnStep | None = None,
@@ -80,13 +84,14 @@ def fit(
     """Train `stage` on `train` until its last step or a signal.
 
     `reference` holds training images that every evaluation reads in full and compares with; `probe` makes the probe of
-    the run from its first and its last step. The lines of `preamble` are shown, and written to train.log, before the
-    first step. `draw` draws curves.png; `on_step` is called after each step, on all ranks.
+    the run from its first and its last step; `flop` returns the operations of an image. The lines of `preamble` are
+    shown, and written to train.log, before the first step. `draw` draws curves.png; `on_step` is called after each
+    step, on all ranks.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
-    loop = Loop(fabric, stage, train, evaluation, reference, config, command)
+    loop = Loop(fabric, stage, train, evaluation, reference, config, command, flop)
     loop.sinks += [Curves(loop.out, draw)] if draw is not None and loop.sinks else []
     loop.hook = Hook(on_step)
     if probe is not None:
@@ -108,6 +113,7 @@ class Loop:
         reference: Stream | None,
         config: TrainConfig,
         command: str,
+        flop: Callable[[], float | None],
     ) -> None:
         self.fabric, self.stage, self.config, self.optim = fabric, stage, config, config.optim
         self.train, self.evaluation, self.reference, self.out = train, evaluation, reference, Path(config.out)
@@ -130,6 +136,15 @@ class Loop:
             # A kill may have come between a checkpoint and this.
             on_first_rank(lambda: checkpoint.delete_old(folder, config.keep_checkpoints, self.cooldown))
         self.probe: Probe | None = None
+        self.speed = Speed(
+            self.start,
+            time.monotonic(),
+            batch_size=batch,
+            flop=flop,
+            device=fabric.device,
+            num_devices=fabric.world_size,
+            precision=config.precision,
+        )
         self.finite_check = FiniteCheck(fabric.world_size, late=fabric.device.type == "cuda")
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
@@ -148,11 +163,13 @@ class Loop:
         if self.warmup_warning and step < self.total:
             say(self.warmup_warning)
         try:
-            with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
+            kernels = deterministic(self.fabric.device, self.config.deterministic, one_size=self.stage.has_one_size)
+            with Signals() as signals, kernels:
                 positions = self._positions(self.start, self.total)
-                batches = load(self.train, positions, workers=self.workers, device=self.fabric.device)
-                self._measured_at = time.monotonic()
-                self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
+                loaded = load(self.train, positions, workers=self.workers, device=self.fabric.device)
+                batches = Feed(loaded, self.fabric.device, self.speed, self.skipped)
+                self._saved_at = time.monotonic()
+                self.speed.restart(self._saved_at)
                 if self.config.compile:
                     show("Compiling: the first step can take minutes.")
                 self._complete_evaluation()
@@ -247,13 +264,13 @@ class Loop:
         began = time.monotonic()
         values = self.probe.measure(self.fabric, self.model, step, batch_size=self.micro, workers=self.workers)
         self.skipped.note(self.probe.skipped)
-        self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
+        self.speed.leave_out(time.monotonic() - began)  # so that the reported speed is that of training alone
         return values
 
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
         total: dict[str, Tensor] = {}
-        parts: _Batches = (self._next(batches) for _ in range(accumulation))
+        parts: _Batches = itertools.islice(batches, accumulation)
         parts, weights = loss_weights(self.stage, parts, accumulation, self.fabric.world_size)
         for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
@@ -283,14 +300,9 @@ class Loop:
 
     def _measure(self, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
         values = average_metrics(self.fabric, metrics)
-        now = time.monotonic()
-        elapsed = max(now - self._measured_at, 1e-9)
-        speed = {
-            "images_per_second": (step - self._measured_step) * self.config.batch_size / elapsed,
-            "data_wait": min(self._waited / elapsed, 1.0),
-        }
-        self._measured_at, self._measured_step, self._waited = now, step, 0.0
-        return values | speed | gpu_memory(self.fabric.device)
+        values |= self.speed.measure(step, time.monotonic()) | gpu_memory(self.fabric.device)
+        self.speed.restart(time.monotonic())
+        return values
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         self.hook.logged = step, values
@@ -327,7 +339,7 @@ class Loop:
         self.skipped.share()
         on_first_rank(lambda: self._write_evaluation(step, result))
         self._evaluating = False
-        self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
+        self.speed.leave_out(time.monotonic() - began)  # so that the reported speed is that of training alone
 
     def _write_evaluation(self, step: int, result: Evaluation) -> None:
         metrics = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in result.metrics.items())
@@ -374,15 +386,6 @@ class Loop:
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
         )
-
-    def _next(self, batches: _Batches) -> Batch:
-        """Return the next micro-batch, on the device."""
-        began = time.monotonic()
-        batch = next(batches)
-        self.skipped.note(batch["skipped"])
-        batch = to_device(batch, self.fabric.device)
-        self._waited += time.monotonic() - began
-        return batch
 
     def _close(self) -> None:
         self.progress.close()

@@ -65,13 +65,10 @@ def describe_probe(config: ProbedTrainConfig, splits: Splits) -> str:
     """Return a line for the user on the images of `--probe-data` and what they measure."""
     counts = [min(config.probe_images, len(part)) for part in (splits.train, splits.evaluation)]
     every = f"every {config.probe_every} steps" if config.probe_every else "in less than 2% of the time"
-    classes = splits.train.classes if _has_labels(splits) else None
+    has_labels = splits.train.labels is not None and splits.evaluation.labels is not None
+    classes = splits.train.classes if has_labels else None
     what = f"k-NN, linear probe and rank, {len(classes)} classes" if classes else "rank alone, without labels"
     return f"{counts[0]:,} and {counts[1]:,} held-out images of '{config.probe_data}', {every}: {what}"
-
-
-def _has_labels(splits: Splits) -> bool:
-    return splits.train.labels is not None and splits.evaluation.labels is not None
 
 
 class Probe:

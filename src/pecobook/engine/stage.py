@@ -43,6 +43,8 @@ class Stage(nn.Module, Generic[C]):
     """Name of the stage's command on the command line."""
     min_batch_size = 1
     """Smallest number of images that the stage can learn from at once."""
+    has_one_size = True
+    """Whether all images of the stage, of training and of evaluation, have one size."""
     notes: tuple[str, ...] = ()
     """Lines on the weights that the stage starts from, for the preamble of a run and its train.log."""
 
@@ -131,6 +133,10 @@ class Stage(nn.Module, Generic[C]):
     def num_views(self) -> int:
         """Return the number of views of each image that training repeats; 0 makes a new view every epoch."""
         return 0
+
+    def repeats(self) -> int:
+        """Return how many views of each image a batch holds beside each other."""
+        return 1
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return loss and detached metrics of a batch; in evaluation mode also pictures and rows."""

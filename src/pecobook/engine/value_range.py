@@ -11,6 +11,7 @@ from pecobook.errors import WeightsError
 from pecobook.models.export import read_settings
 from pecobook.models.hub import resolve_source
 from pecobook.settings.images import AUTO, RangeSetting
+from pecobook.utils.printer import doing
 
 
 def open_readable(source: str, setting: RangeSetting = AUTO, models: Iterable[str] = ()) -> Splits:
@@ -19,7 +20,9 @@ def open_readable(source: str, setting: RangeSetting = AUTO, models: Iterable[st
     Raises:
         DataError: the source cannot be opened, none of the first few training images can be read, or no range fits.
     """
+    doing(f"listing the images of {source}")
     splits = open_images(source)
+    doing("reading the first images")
     set_value_range(splits, setting, models)
     check_readable(splits.train)
     return splits

@@ -136,11 +136,14 @@ class LatentNorm(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """Mirror image of the encoder: maps quantised latents (B, D, h, w) to images (B, C, H, W), about [-1, 1]."""
+    """Mirror image of the encoder: maps quantised latents (B, D, h, w) to images (B, C, H, W), about [-1, 1].
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    With `features` it maps them to that many channels (B, F, h, w) instead, by the layers of the smallest resolution.
+    """
+
+    def __init__(self, config: AutoencoderConfig, features: int = 0) -> None:
         config = config.decoder_side()
-        channels = config.channels[::-1]
+        channels = config.channels[:-2:-1] if features else config.channels[::-1]
         width = channels[0]
         layers: list[nn.Module] = [Convolution(config.latent_dim, width, config.padding), *_middle(width, config)]
         for level, out in enumerate(channels):
@@ -152,10 +155,10 @@ class Decoder(nn.Sequential):
         layers += [
             GroupNorm(width, config.group_size),
             nn.SiLU(),
-            Convolution(width, config.in_channels, config.padding),
+            Convolution(width, features or config.in_channels, config.padding),
         ]
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, D, h, w) to (B, C, H, W)."""
+        """Map (B, D, h, w) to (B, C, H, W), or to (B, F, h, w)."""
         return super().forward(convolution_layout(x))  # type: ignore[no-any-return, no-untyped-call]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, did_you_mean, first_line
+from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import is_head, left_aside, load_state, read_checkpoint
 from pecobook.models.dry_run import refusing
 from pecobook.models.makers import (
@@ -23,9 +23,12 @@ from pecobook.models.makers import (
     overridden,
     with_flags,
 )
-from pecobook.models.network_traits import has_patch_tokens, traits_of
+from pecobook.models.network_traits import has_patch_tokens, network_traits, traits_of
 from pecobook.models.networks import downloads
 from pecobook.models.weights import load_backbone
+
+LAST = "last"
+"""In place of layers: the output of the last layer, after the network's last norm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class FeatureNetwork:
     """Side of the images that the network requires, pixels; None if it takes any size."""
     notes: tuple[str, ...] = ()
     """Lines for the user on what was taken from where."""
+    patch: int = 0
+    """Side of the patches of a plain transformer, pixels; 0 for any other network."""
 
 
 def load_feature_network(
@@ -51,16 +56,20 @@ def load_feature_network(
     *,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
+    input_size: int = 0,
 ) -> FeatureNetwork:
     """Load a feature network; random weights are drawn from torch's global generator.
 
     Args:
         network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or a module.
         layers: numbers from 1 (blocks of a transformer, stages of a convolutional network); for torchvision networks
-            also names of nodes (`features.12`); for a module names of nodes only.
+            also names of nodes (`features.12`); for a module names of nodes only. `last` alone is the output of the
+            last layer of timm's networks and of runs, after the last norm.
         weights: None for the network's pre-trained weights, a local file, or `random`.
         mean: mean of the input's normalisation; empty takes that of the weights, or ImageNet's for a module.
         std: standard deviation of the input's normalisation, likewise.
+        input_size: side of the images that a plain transformer is to read, pixels: its positions are interpolated to
+            this size. 0 keeps its own.
 
     Raises:
         WeightsError: the network or a layer is unknown, or the weights are missing or do not fit.
@@ -73,12 +82,23 @@ def load_feature_network(
         )
     if network.startswith("torchvision:"):
         return _open_torchvision(network.removeprefix("torchvision:"), layers, weights, mean, std)
-    backbone = load_backbone(network, weights=weights, mean=mean, std=std)
-    has_one_size = traits_of(backbone.network).takes_size
+    # The encoder of SAM keeps its own size: it resamples its positions for each image.
+    resampled = input_size and (not network.startswith("timm:") or network_traits(network).is_plain)
+    backbone = load_backbone(network, weights=weights, image_size=input_size if resampled else None, mean=mean, std=std)
+    traits = traits_of(backbone.network)
+    patch_embed: Any = getattr(backbone.network, "patch_embed", None)
+    patch = int(patch_embed.patch_size[0]) if traits.is_plain else 0
+    if patch and input_size % patch:
+        fitting = max(round(input_size / patch), 1) * patch
+        raise ConfigError(
+            f"--perceptual.input-size {input_size}: '{network}' has patches of {patch} pixels: give {fitting}."
+        )
     with refusing(network, "return the features of its layers"):
-        features = TimmFeatures(backbone.network, feature_indices(backbone.network, layers, network))
+        indices = feature_indices(backbone.network, layers, network)
+        features = TimmFeatures(backbone.network, indices, norm=tuple(layers) == (LAST,))
     notes = tuple(with_flags(note, "--perceptual.") for note in backbone.notes)
-    return FeatureNetwork(features, backbone.mean, backbone.std, backbone.image_size if has_one_size else None, notes)
+    size = backbone.image_size if traits.takes_size else None
+    return FeatureNetwork(features, backbone.mean, backbone.std, size, notes, patch)
 
 
 class TimmFeatures(nn.Module):
@@ -87,18 +107,19 @@ class TimmFeatures(nn.Module):
     Args:
         network: a timm network.
         indices: timm's indices of the features.
+        norm: whether features pass the network's last norm.
     """
 
-    def __init__(self, network: nn.Module, indices: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, indices: Sequence[int], *, norm: bool = False) -> None:
         super().__init__()
-        self.network, self.indices = network, tuple(indices)
-        self.network.prune_intermediate_layers(sorted(indices), prune_norm=True, prune_head=True)  # type: ignore[operator]
+        self.network, self.indices, self.norm = network, tuple(indices), norm
+        self.network.prune_intermediate_layers(sorted(indices), prune_norm=not norm, prune_head=True)  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute features: normalised images (B, 3, H, W) to L tensors (B, C_l, H_l, W_l)."""
         order = sorted(set(self.indices))
         features = self.network.forward_intermediates(  # type: ignore[operator]
-            images, indices=order, intermediates_only=True, output_fmt="NCHW", stop_early=True
+            images, indices=order, norm=self.norm, intermediates_only=True, output_fmt="NCHW", stop_early=True
         )
         by_index = dict(zip(order, features, strict=True))
         return [by_index[index] for index in self.indices]
@@ -210,7 +231,10 @@ def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> l
 
 
 def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) -> list[int]:
-    """Return timm's feature indices of layers counted from 1. Raises WeightsError if the network has no such layer."""
+    """Return timm's feature indices of layers counted from 1, or of `last`.
+
+    Raises WeightsError if the network has no such layer.
+    """
     if not hasattr(network, "forward_intermediates"):
         raise WeightsError(f"timm's '{name}' returns no intermediate features: choose another perceptual network.")
     if has_patch_tokens(network):
@@ -221,6 +245,8 @@ def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) 
         # counts the last pooling layer.
         first = 0 if modules[0].startswith(("stages", "layer", "features", "blocks")) else 1
         count = len(modules) - first
+    if tuple(layers) == (LAST,):
+        return [count - 1 + first]
     invalid = [layer for layer in layers if not (str(layer).isdigit() and 1 <= int(layer) <= count)]
     if invalid or not layers:
         raise WeightsError(f"--perceptual.layers {' '.join(map(str, layers))}: '{name}' has layers 1 to {count}.")

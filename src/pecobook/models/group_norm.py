@@ -21,11 +21,12 @@ _MIN_LARGE_PIXELS = 1024  # pixels from which PyTorch's forward pass reads whole
 
 
 def convolution_layout(x: Tensor) -> Tensor:
-    """Return x (B, C, H, W) in the layout for convolutions with GroupNorm: channels last on a CPU, unchanged elsewhere.
+    """Return x (B, C, H, W) in the layout for convolutions with GroupNorm: channels last on a CPU, or where compiled.
 
-    On a GPU, PyTorch's GroupNorm would undo channels last.
+    On a GPU, PyTorch's own GroupNorm would undo channels last. torch.compile makes one kernel of GroupNorm and SiLU in
+    whatever layout the convolutions have, so cuDNN need not copy their inputs and outputs.
     """
-    return channels_last(x) if x.device.type == "cpu" else x
+    return channels_last(x) if x.device.type == "cpu" or torch.compiler.is_compiling() else x
 
 
 def num_groups(channels: int, group_size: int) -> int:

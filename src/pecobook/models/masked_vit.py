@@ -242,6 +242,13 @@ class VisibleOnlyModel(nn.Module):
         return self.head(hidden) if apply_head else hidden
 
 
+def patch_pixels(images: Tensor, patch: int) -> Tensor:
+    """Split images (B, C, H, W) into patches (B, N, C P^2), each normalised to mean 0, variance 1 (MAE, section 3)."""
+    pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, C P^2)
+    variance, mean = torch.var_mean(pixels, 2, keepdim=True)
+    return (pixels - mean) * torch.rsqrt(variance + 1e-6)
+
+
 def tiled_cross_entropy(head: nn.Linear, hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Compute the cross entropy of a head with very many outputs, with the logits of `rows` vectors in memory at once.
 

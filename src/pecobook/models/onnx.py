@@ -47,7 +47,8 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
 
     Returns:
         paths of the two files. encoder.onnx maps `images`, float32 (B, C, H, W) in [0, 1] with sides that are multiples
-        of the stride, to `codes`, int64 (B, h, w); decoder.onnx maps codes to images. Codes may differ from those of
+        of the stride, to `codes`, int64 (B, h, w); decoder.onnx maps codes to images, or to the `features` that the
+        decoder predicts. Codes may differ from those of
         `tokenizer.encode` where two codewords are about equally near.
 
     Raises:
@@ -73,8 +74,14 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
         **range_entry(tokenizer),
     }
     write_onnx(_Method(tokenizer, "encode"), images, shapes[0], paths[0], "images", "codes", described)
-    write_onnx(_Method(tokenizer, "decode"), codes, shapes[1], paths[1], "codes", "images", described)
-    lines = onnx_readme.tokenizer_lines(tokenizer.image_size, channels, getattr(tokenizer, "value_range", AUTO))
+    predicts = getattr(tokenizer, "predicts", "")
+    decoded = "features" if predicts else "images"
+    if predicts:
+        described["features"] = f"float32 (batch, channels, height, width) on the grid of the codes: {predicts}"
+    decode = _Method(tokenizer, "features_of" if predicts else "decode")
+    write_onnx(decode, codes, shapes[1], paths[1], "codes", decoded, described)
+    value_range = getattr(tokenizer, "value_range", AUTO)
+    lines = onnx_readme.tokenizer_lines(tokenizer.image_size, channels, value_range, draws=not predicts)
     _write_readme(folder, described, lines)
     return paths
 

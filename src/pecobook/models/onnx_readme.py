@@ -61,9 +61,18 @@ probabilities = probabilities / probabilities.sum()
 {BEST_CLASSES}"""
 
 
-def tokenizer_lines(size: int, channels: int, value_range: RangeSetting) -> str:
-    """Return Python that encodes the central square of an image at `size` pixels and decodes the codes."""
+def tokenizer_lines(size: int, channels: int, value_range: RangeSetting, *, draws: bool = True) -> str:
+    """Return Python that encodes the central square of an image at `size` pixels and decodes the codes.
+
+    A decoder that does not draw images predicts features.
+    """
     as_rgb = "restored.repeat(3, axis=1)" if channels == 1 else "restored"
+    decoded = f"""\
+restored = decoder.run(None, {{"codes": codes}})[0]
+picture = {as_rgb}[0].transpose(1, 2, 0) * 255
+Image.fromarray(picture.round().astype(np.uint8)).save("restored.png")"""
+    if not draws:
+        decoded = 'print(decoder.run(None, {"codes": codes})[0].shape)  # the features that the decoder predicts'
     return f"""\
 {_IMPORTS}
 encoder, decoder = onnxruntime.InferenceSession("encoder.onnx"), onnxruntime.InferenceSession("decoder.onnx")
@@ -71,9 +80,7 @@ encoder, decoder = onnxruntime.InferenceSession("encoder.onnx"), onnxruntime.Inf
 {_TO_ARRAY}
 {TO_GREY if channels == 1 else ""}codes = encoder.run(None, {{"images": images.astype(np.float32)}})[0]
 print(codes)
-restored = decoder.run(None, {{"codes": codes}})[0]
-picture = {as_rgb}[0].transpose(1, 2, 0) * 255
-Image.fromarray(picture.round().astype(np.uint8)).save("restored.png")"""
+{decoded}"""
 
 
 def segmenter_lines(size: int, step: int, value_range: RangeSetting) -> str:

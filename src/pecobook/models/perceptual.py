@@ -68,13 +68,16 @@ class PerceptualDistance(nn.Module):
             torch.manual_seed(seed)
             source = network if isinstance(network, nn.Module) else _network_of(config.network)
             weights = config.weights or None
-            loaded = load_feature_network(source, config.layers, weights, mean=config.mean, std=config.std)
+            loaded = load_feature_network(
+                source, config.layers, weights, mean=config.mean, std=config.std, input_size=config.input_size
+            )
             if config.shuffle:
                 shuffle_weights(loaded.network)
         # Convolutions are faster with channels last; for transformers the layout makes no difference.
         self.network = loaded.network.to(memory_format=torch.channels_last)
         self.network.eval().requires_grad_(False)
         self.input_size = config.input_size or loaded.input_size
+        self.patch = loaded.patch  # side of a plain transformer's patches, pixels; 0 for other networks
         self.notes = loaded.notes  # lines for the user on what was taken from where
         self.register_buffer("mean", torch.tensor(loaded.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(loaded.std)[:, None, None], persistent=False)
@@ -96,14 +99,27 @@ class PerceptualDistance(nn.Module):
         activations = self.network(images.flip(1) if self.config.bgr else images)
         return [normalise(feature.float(), self.config.normalisation) for feature in activations]
 
-    def check_image_size(self, height: int, width: int) -> None:
-        """Raise WeightsError if the network cannot read images of this size, or if a layer returns no feature map."""
+    def check_image_size(self, height: int, width: int) -> list[tuple[int, ...]]:
+        """Return the shapes (C_l, H_l, W_l) of the features of images of this size.
+
+        Raises WeightsError if the network cannot read images of this size, or if a layer returns no feature map.
+        """
         images = torch.zeros(2, 3, *self._input_shape(height, width), requires_grad=True)
         name = self.config.network or type(self.network).__name__
         purpose = f"read images of {height} x {width} pixels"
         remedy = "Give another --perceptual.input-size, such as 224, or earlier layers."
         features = dry_run(self.network, (images,), network=name, purpose=purpose, remedy=remedy)
         check_feature_maps(features, self.config.layers)
+        return [tuple(feature.shape[1:]) for feature in features]
+
+    def input_notes(self, side: int) -> tuple[str, ...]:
+        """Return a line for the user if images of `side` pixels are resized for the network."""
+        size, _ = self._input_shape(side, side)
+        if size == side:
+            return ()
+        name = self.config.network or type(self.network).__name__
+        grid = f", {size // self.patch} x {size // self.patch} patches of {self.patch}" if self.patch else ""
+        return (f"{name} reads images resized from {side} to {size} pixels{grid} (--perceptual.input-size).",)
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
         return (self.input_size, self.input_size) if self.input_size else (height, width)
@@ -117,7 +133,7 @@ class PerceptualDistance(nn.Module):
         """Return the distance of equation 4: two float (B, 3, H, W) in [0, 1] to (B,)."""
         return self.per_layer(x, y).sum(0)
 
-    def distance_to_features(self, target: Sequence[Tensor], y: Tensor) -> Tensor:
+    def distance_to_features(self, target: Sequence[Any], y: Tensor) -> Tensor:
         """Return the distance of equation 4 between precomputed features and images.
 
         Args:
@@ -155,6 +171,54 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
     return feature * torch.rsqrt(feature.square().mean(1, keepdim=True) + 1e-6)
 
 
-def build_perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
+class PerceptualSum(nn.Module):
+    """The weighted sum of the distances of several networks, with the interface of `PerceptualDistance`.
+
+    Args:
+        distances: the distances.
+        weights: weight of each.
+    """
+
+    def __init__(self, distances: Sequence[PerceptualDistance], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.distances, self.weights = nn.ModuleList(distances), tuple(weights)
+        self.notes = tuple(note for distance in distances for note in distance.notes)
+
+    def features(self, images: Tensor) -> list[list[Tensor]]:
+        """Return the normalised activations of images in every network."""
+        return [distance.features(images) for distance in self._each]
+
+    def check_image_size(self, height: int, width: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the features of all networks, as `PerceptualDistance.check_image_size` does."""
+        return [shape for distance in self._each for shape in distance.check_image_size(height, width)]
+
+    def input_notes(self, side: int) -> tuple[str, ...]:
+        """Return a line for each network that images of `side` pixels are resized for."""
+        return tuple(note for distance in self._each for note in distance.input_notes(side))
+
+    def per_layer(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the weighted terms of all networks: two float (B, 3, H, W) in [0, 1] to (L, B)."""
+        pairs = zip(self._each, self.weights, strict=True)
+        return torch.cat([weight * distance.per_layer(x, y) for distance, weight in pairs])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of the distances: two float (B, 3, H, W) in [0, 1] to (B,)."""
+        return self.per_layer(x, y).sum(0)
+
+    def distance_to_features(self, target: Sequence[Any], y: Tensor) -> Tensor:
+        """Return the sum of the distances between precomputed features and images, (B,)."""
+        parts = zip(self._each, self.weights, target, strict=True)
+        terms = [weight * distance.distance_to_features(features, y) for distance, weight, features in parts]
+        return torch.stack(terms).sum(0)
+
+    @property
+    def _each(self) -> list[PerceptualDistance]:
+        return list(self.distances)  # type: ignore[arg-type]
+
+
+def build_perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | PerceptualSum | None:
     """Build the distance that `config` describes; None if the network is `none` or the weight is 0."""
-    return None if config.network == "none" or config.weight == 0 else PerceptualDistance(config, seed=seed)
+    if config.network == "none" or config.weight == 0:
+        return None
+    distances = [PerceptualDistance(network, seed=seed) for network, _ in config.networks()]
+    return PerceptualSum(distances, [weight for _, weight in config.networks()]) if config.also else distances[0]

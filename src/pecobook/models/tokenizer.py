@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pecobook.errors import WeightsError
 from pecobook.models.autoencoder import Decoder, Encoder
 from pecobook.models.control_quantizers import ControlQuantizer, build_quantizer
 from pecobook.models.export import Card, Exported
@@ -35,7 +36,7 @@ class PerceptualTokenizer(Exported):
     def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | ControlQuantizer | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = build_autoencoder(config.model)
+        self.encoder, self.decoder = build_autoencoder(config.model, config.features)
         if quantizer is None:
             codes = {"num_codewords": config.num_codewords, "kind": config.quantizer, "levels": config.levels}
             quantizer = build_quantizer(replace(VectorQuantizerConfig(), codes), config.model.latent_dim)
@@ -55,6 +56,11 @@ class PerceptualTokenizer(Exported):
     def in_channels(self) -> int:
         """Number of channels of the images."""
         return self.config.model.in_channels
+
+    @property
+    def predicts(self) -> str:
+        """What the decoder predicts in place of pixels, in words; empty for a tokenizer that draws images."""
+        return f"features of {self.config.teacher}" if self.config.features else ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +87,9 @@ class PerceptualTokenizer(Exported):
         return self.encoder((images * 2 - 1).to(self.dtype))  # type: ignore[no-any-return]
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
-        """Return the decoder output, not clamped: (B, D, h, w) to (B, C, H, W), about [0, 1]."""
+        """Return the decoder output, not clamped: (B, D, h, w) to (B, C, H, W), about [0, 1], or to features."""
+        if self.config.features:
+            return self.decoder(quantized)  # type: ignore[no-any-return]
         return (self.decoder(quantized) + 1) / 2  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -111,9 +119,29 @@ class PerceptualTokenizer(Exported):
 
         Raises:
             ValueError: the shape is not (B, h, w), or the values are not codes in [0, K).
+            WeightsError: the decoder predicts features, not pixels.
         """
+        require_pixels(self, "This tokenizer", "decode codes to images: use features_of(codes)")
         codes = as_codes(codes, self.num_codewords)
         return apply_in_batches(self._decode, codes, batch_size, self._weight.device)
+
+    @torch.no_grad()
+    def features_of(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
+        """Return the features that the decoder predicts for codes int64 (B, h, w): float (B, F, h, w).
+
+        Their direction at each position is that of the network's features; their length means nothing.
+
+        Raises:
+            ValueError: as `decode`.
+            WeightsError: the decoder draws images.
+        """
+        if not self.config.features:
+            raise WeightsError("This tokenizer draws images and predicts no features: use decode(codes).")
+        codes = as_codes(codes, self.num_codewords)
+        return apply_in_batches(self._features, codes, batch_size, self._weight.device)
+
+    def _features(self, codes: Tensor) -> Tensor:
+        return self.decode_latents(self.quantizer.lookup(codes)).float()
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.quantizer.encode(self.encode_latents(images))
@@ -128,6 +156,8 @@ class PerceptualTokenizer(Exported):
         settings = to_dict(self.config)
         if settings["quantizer"] == "ema":
             del settings["quantizer"], settings["levels"]
+        if not settings["features"]:
+            del settings["features"], settings["teacher"]
         return settings
 
     @classmethod
@@ -162,6 +192,7 @@ print(codes)"""
             f"{self.num_codewords} codewords of dimension {self.config.model.latent_dim}; "
             f"one token for {self.stride} x {self.stride} pixels; trained at {self.image_size} pixels."
         )
+        size += f" Its decoder predicts {self.predicts}, not pixels." if self.predicts else ""
         return Card(
             title="A perceptual tokenizer",
             text=f"{size}\n\n{origin}" if origin else size,
@@ -213,8 +244,14 @@ TRAINING_ONLY_BUFFERS = frozenset(
 )
 
 
-def build_autoencoder(config: AutoencoderConfig) -> tuple[nn.Module, nn.Module]:
-    """Build the encoder and the decoder of the kind `config.kind`."""
+def build_autoencoder(config: AutoencoderConfig, features: int = 0) -> tuple[nn.Module, nn.Module]:
+    """Build the encoder and the decoder of the kind `config.kind`; the decoder draws images or predicts features."""
     if config.kind == "vit":
-        return ViTEncoder(config), ViTDecoder(config)
-    return Encoder(config), Decoder(config)
+        return ViTEncoder(config), ViTDecoder(config, features)
+    return Encoder(config), Decoder(config, features)
+
+
+def require_pixels(tokenizer: Any, name: str, purpose: str) -> None:
+    """Raise WeightsError for a tokenizer whose decoder predicts features: "NAME predicts ... and cannot PURPOSE."."""
+    if predicts := getattr(tokenizer, "predicts", ""):
+        raise WeightsError(f"{name} predicts {predicts}, not pixels, and cannot {purpose}.")

@@ -76,6 +76,7 @@ class GreyTokenizer(nn.Module):
         self.tokenizer = tokenizer
         self.num_codewords, self.stride = tokenizer.num_codewords, tokenizer.stride
         self.image_size, self.value_range = tokenizer.image_size, tokenizer.value_range
+        self.predicts = tokenizer.predicts
 
     @property
     def codebook(self) -> Tensor:

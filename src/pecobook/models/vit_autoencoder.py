@@ -52,17 +52,17 @@ class ViTEncoder(nn.Sequential):
 
 
 class ViTDecoder(nn.Sequential):
-    """Maps quantised latents (B, D, h, w) to images (B, 3, h P, w P), about [-1, 1]."""
+    """Maps quantised latents (B, D, h, w) to images (B, 3, h P, w P), about [-1, 1], or to `features` (B, F, h, w)."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, features: int = 0) -> None:
         config = config.decoder_side()
         width, patch = config.channels
-        super().__init__(
-            nn.Conv2d(config.latent_dim, width, 1),
-            _Trunk(config),
-            nn.Conv2d(width, config.in_channels * patch**2, 1),
-            nn.PixelShuffle(patch),
-        )
+        layers = [nn.Conv2d(config.latent_dim, width, 1), _Trunk(config)]
+        if features:
+            super().__init__(*layers, nn.Conv2d(width, features, 1))
+        else:
+            pixels = nn.Conv2d(width, config.in_channels * patch**2, 1)
+            super().__init__(*layers, pixels, nn.PixelShuffle(patch))
 
 
 def sincos_positions(height: int, width: int, channels: int, *, device: torch.device) -> Tensor:

@@ -204,26 +204,6 @@ class Classifier(Backbone):
         return {**super().settings(), "classes": list(self.classes), "crop": self.crop}
 
 
-def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
-    """Build the timm network of an export and load the weights.
-
-    Args:
-        settings: settings of the export.
-        state: weights of the export.
-        source: name of the export, for error messages.
-
-    Returns:
-        the network in evaluation mode, with a head if the export has one.
-
-    Raises:
-        WeightsError: the weights do not fit the network.
-    """
-    settings = pooling_trained_features(settings)
-    network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
-    load_state(network, state, source=source)
-    return network.eval()
-
-
 def pooling_trained_features(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of an export with the pooling of a feature that was trained.
 

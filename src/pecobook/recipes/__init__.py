@@ -43,6 +43,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         codebook.paper_lite,
         codebook.paper_resnet50,
         codebook.paper_vgg16,
+        codebook.modern_dinov3,
+        codebook.vqkd,
     ),
     "pretrain": _named(
         pretrain.tiny,

@@ -169,9 +169,12 @@ def paper() -> CodebookConfig:
             normalise=False,
             precision="fp32",
         ),
-        perceptual=PerceptualConfig(layers=(3, 6, 9, 12), weight=1.0, warmup=0, normalisation="unit-rms", input_size=0),
+        perceptual=PerceptualConfig(
+            layers=(3, 6, 9, 12), weight=1.0, warmup=0, normalisation="unit-rms", input_size=0, also=()
+        ),
         adversarial=AdversarialConfig(weight=0.0),
         explicit=ExplicitConfig(kind="none"),
+        target_features="",
         pixel_weight=1.0,
         balance=False,
     )
@@ -213,4 +216,49 @@ def paper_vgg16() -> CodebookConfig:
     """
     return dataclasses.replace(
         paper(), perceptual=dataclasses.replace(paper().perceptual, network="torchvision:vgg16", layers=(1, 2, 3, 4, 5))
+    )
+
+
+def modern_dinov3() -> CodebookConfig:
+    """PeCo's tokenizer under a network of today: DINOv3's ViT-B, blocks 3, 6, 9, 12, images at 224 pixels.
+
+    The blocks are the paper's, and no run has chosen them yet; this command compares others on training images that are
+    held out: python -m benchmarks.quantizer_study --arms ema --validation --network timm:vit_base_patch16_dinov3
+    --layers "3 6 9 12" "6 9 12" "9 12" "12" --data IMAGES --out runs/layers.jsonl. The weights have a licence of their
+    own.
+
+    Source: DINOv3, arXiv 2508.10104.
+    Command: pecobook codebook modern-dinov3 --data IMAGENET --compile --out runs/codebook
+    Cost: 695 GFLOP for an image (counted: tokenizer 588, perceptual network 107), so 8.9e19 FLOP for ImageNet-1K.
+    """
+    network = "timm:vit_base_patch16_dinov3.lvd1689m"
+    return dataclasses.replace(
+        paper(), perceptual=dataclasses.replace(paper().perceptual, network=network, input_size=224)
+    )
+
+
+def vqkd() -> CodebookConfig:
+    """BEiT v2's tokenizer, for comparison: its decoder predicts the features of CLIP's ViT-B, not pixels.
+
+    A ViT-B as encoder, three blocks as decoder, 8,192 codewords of dimension 32 and unit length, moving averages with
+    decay 0.99, commitment 1, AdamW (0.9, 0.99), weight decay 1e-4, batch 512, 100 epochs. Different from BEiT v2:
+    positions are fixed sines and cosines; one linear layer leads to the 32 dimensions; the target is the last layer of
+    CLIP after its norm, without CLIP's projection to 512 channels; dead codewords are revived; and learning rate,
+    warm-up and crops are our choice. --target-features timm:vit_base_patch16_224.dino takes its other teacher.
+
+    Source: BEiT v2, arXiv 2208.06366 (85.0% after 300 epochs of pre-training with the codes).
+    Command: pecobook codebook vqkd --data IMAGENET --compile --out runs/vqkd
+    Cost: 167 GFLOP for an image (counted: tokenizer 132, the target's network 35), so 2.1e19 FLOP for ImageNet-1K.
+    """
+    return CodebookConfig(
+        batch_size=512,
+        max_steps="100 epochs",
+        image_size=224,
+        optim=BaseOptimConfig(
+            name="adamw", lr=2e-4, final_lr=1e-5, warmup="5 epochs", betas=(0.9, 0.99), weight_decay=1e-4
+        ),
+        model=AutoencoderConfig(kind="vit", channels=(768, 16), num_blocks=12, decoder_blocks=3, latent_dim=32),
+        quantizer=QuantizerConfig(num_codewords=8192, decay=0.99, normalise=True, commitment=1.0),
+        perceptual=PerceptualConfig(network="none"),
+        target_features="timm:vit_base_patch16_clip_224.openai",
     )

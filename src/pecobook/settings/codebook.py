@@ -58,6 +58,23 @@ class ExplicitConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """The features that the decoder predicts under --target-features."""
+
+    layer: str = "last"
+    """Layer whose features are predicted, counted from 1 as in --perceptual.layers; last for the output of the last
+    layer, after the network's last norm."""
+    weights: str = ""
+    """A local file of weights for the network, or random for the control. Empty takes the network's own weights."""
+    input_size: int = 0
+    """Side to which images are resized for the network, pixels; 0 keeps the side of the images, or takes the side that
+    the network requires."""
+
+    def __post_init__(self) -> None:
+        between(self, 0, 4096, "input_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookConfig(CropTrainConfig):
     """Train a perceptual codebook on your images."""
 
@@ -66,6 +83,10 @@ class CodebookConfig(CropTrainConfig):
     perceptual: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     explicit: ExplicitConfig = ExplicitConfig()
+    target_features: str = ""
+    """A frozen network, named as in --perceptual.network, whose features the decoder predicts in place of pixels, by
+    their cosine (BEiT v2's VQ-KD). The tokenizer then has codes as any other, and no reconstructions."""
+    target: TargetConfig = TargetConfig()
     pixel_weight: float = 1.0
     """Weight of the pixel loss, the mean squared error on [-1, 1]."""
     balance: bool = False
@@ -100,8 +121,22 @@ class CodebookConfig(CropTrainConfig):
                 f"--adversarial.num-layers {self.adversarial.num_layers}: too many layers for {self.image_size}-pixel "
                 "images."
             )
-        if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
+        if self.target_features:
+            self._check_target()
+        elif self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
             raise ConfigError("There is no loss: --pixel-weight is 0 and there is no perceptual network.")
+
+    def _check_target(self) -> None:
+        """Refuse losses on pixels beside a target of features."""
+        for name, here in (
+            (f"--perceptual.network {self.perceptual.network}", self.perceptual.network not in ("", "none")),
+            (f"--adversarial.weight {self.adversarial.weight:g}", self.adversarial.weight > 0),
+        ):
+            if here:
+                raise ConfigError(
+                    f"{name} compares images, but with --target-features the decoder predicts features, not images: "
+                    "leave one of them out."
+                )
 
     @staticmethod
     def implied(changes: dict[str, Any]) -> dict[str, Any]:

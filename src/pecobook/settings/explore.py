@@ -24,8 +24,6 @@ class ExploreConfig(ImagesConfig):
     pages of other names are refused, because they may come from a web site that points its name at this machine."""
     port: int = 7860
     """Port on which the page is served."""
-    share: bool = False
-    """Also open a public address through Gradio's servers, for 72 hours. Anybody with the address sees your images."""
     upload_mb: int = 20
     """Largest size of an image that the page accepts, MB."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+import shlex
+from typing import Any, Literal
 
+from pecobook.errors import ConfigError
 from pecobook.settings.images import check_normalisation
-from pecobook.settings.values import between, different, not_negative, refuse
+from pecobook.settings.values import between, coerce, different, field_name, not_negative, refuse, replace
 
 Normalisation = Literal["unit-rms", "layernorm", "none"]
 
@@ -59,6 +61,10 @@ class PerceptualConfig(PerceptualDistanceConfig):
 
     weight: float = 1.0
     """Weight of the perceptual loss, lambda in equation 5."""
+    also: tuple[str, ...] = ()
+    """Further networks, whose distances are added: each in quotes, NETWORK and NAME=VALUE of its own settings, several
+    values with commas: "timm:resnet50 layers=1,2 weight=0.5 input-size=224". Names are those of this group; layers and
+    normalisation are the group's unless they are named."""
     warmup: int = 0
     """Number of steps over which lambda rises linearly from 0. A random decoder learns little from deep features of a
     supervised network, and all latent vectors then collapse to one; a start on pixels alone prevents this."""
@@ -67,3 +73,30 @@ class PerceptualConfig(PerceptualDistanceConfig):
         super().__post_init__()
         check_layers(self, "layers")
         not_negative(self, "weight", "warmup")
+        if self.also and self.network == "none":
+            refuse("also", "adds to --perceptual.network, which is none: give its first network there.")
+        self.networks()
+
+    def networks(self) -> list[tuple[PerceptualDistanceConfig, float]]:
+        """Return the settings of every network with its weight relative to lambda. Raises ConfigError."""
+        return [(self, 1.0), *(self._further(text) for text in self.also)]
+
+    def _further(self, text: str) -> tuple[PerceptualDistanceConfig, float]:
+        try:
+            network, *words = shlex.split(text)
+            changes = dict(word.split("=", 1) for word in words)
+        except ValueError:
+            refuse("also", f"takes NETWORK NAME=VALUE ... in quotes, not '{text}'.")
+        weight = coerce(changes.pop("weight", 1.0), float, "perceptual.also weight")
+        values: dict[str, Any] = {field_name(name): value for name, value in changes.items()}
+        for name in {"layers", "mean", "std"} & values.keys():
+            values[name] = tuple(values[name].split(","))
+        shared = {"network": network, "layers": self.layers, "normalisation": self.normalisation}
+        try:
+            config = replace(PerceptualDistanceConfig(), shared | values)
+            check_layers(config, "layers")
+        except ConfigError as error:
+            raise ConfigError(f"--perceptual.also '{network}': {error}") from None
+        if not (math.isfinite(weight) and weight > 0):
+            refuse("also", f"'{network}': weight must be above 0, not {weight:g}.")
+        return config, weight

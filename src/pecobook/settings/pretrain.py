@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.initial import network_of
-from pecobook.settings.training import BackboneConfig, BaseOptimConfig, ProbedTrainConfig
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig, ProbedTrainConfig, ResidualConfig
 from pecobook.settings.values import MAX_WIDTH, between, positive
 
 
@@ -45,7 +45,7 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(ProbedTrainConfig):
+class PretrainConfig(ProbedTrainConfig, ResidualConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""

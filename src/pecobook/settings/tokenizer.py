@@ -174,3 +174,7 @@ class TokenizerConfig:
     """Number of levels of each channel, of fsq."""
     image_size: int = 224
     """Side of the images that the tokenizer was trained at, pixels."""
+    features: int = 0
+    """Number of channels of the features that the decoder predicts in place of pixels; 0 for a decoder of pixels."""
+    teacher: str = ""
+    """The network whose features the decoder predicts."""

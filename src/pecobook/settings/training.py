@@ -22,6 +22,7 @@ from pecobook.settings.values import (
     positive,
     refuse,
 )
+from pecobook.utils.json_files import parse_json
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -233,6 +234,11 @@ class TrainConfig(ImagesConfig):
         """Whether the training step is compiled; here False, since not every command can compile its step."""
         return False
 
+    @property
+    def compile_mode(self) -> str:
+        """How torch.compile chooses kernels."""
+        return "default"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileTrainConfig(TrainConfig):
@@ -240,6 +246,14 @@ class CompileTrainConfig(TrainConfig):
 
     compile: bool = False
     """Compile the training step with torch.compile."""
+    compile_mode: Literal["default", "max-autotune"] = "default"
+    """With --compile: max-autotune tries many kernels of each product and convolution first, which takes minutes more
+    at the start and may save a few percent of a step on a GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile_mode != "default" and not self.compile:
+            refuse("compile_mode", "has no effect without --compile: give both.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,6 +267,15 @@ class CropTrainConfig(CompileTrainConfig):
         super().__post_init__()
         positive(self, "min_crop")
         between(self, 0.0, 1.0, "min_crop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResidualConfig:
+    """The residual stream of a transformer."""
+
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which a token goes from block to block of a transformer under --precision bf16: bf16 takes less
+    memory and time on a GPU, and rounds the sum after every block."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +308,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         try:
-            value = json.loads(self.args)
+            value = parse_json(self.args)
         except (ValueError, RecursionError) as error:
             refuse("args", f"is not JSON ({first_line(error)}): {self.args[:300]}")
         else:

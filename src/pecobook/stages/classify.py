@@ -23,6 +23,7 @@ from pecobook.models.contrastive import ema_update
 from pecobook.models.dry_run import dry_run, refusing
 from pecobook.models.export import check_kind
 from pecobook.models.initial import start_head
+from pecobook.models.residual import keep_residuals_low
 from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -60,6 +61,8 @@ class ClassifyStage(Stage[FinetuneConfig]):
                     nn.init.zeros_(head.bias)
         start = start_head(self.network, config.init, self.classes)
         self.notes, self.init = (*start.notes, *self.notes), start.summary
+        if config.residual == "bf16":
+            keep_residuals_low(getattr(self.network, "blocks", None), backbone.name)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if config.average else None
         self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
@@ -86,6 +89,10 @@ class ClassifyStage(Stage[FinetuneConfig]):
         """Erase parts of normalised images (B, 3, H, W), and mix the images and their targets (B, classes)."""
         images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
         return mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
+
+    def repeats(self) -> int:
+        """Return the settings' number of views of an image in a batch."""
+        return self.config.repeats
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
         """Return the accuracy over all held-out images, in percent."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,9 @@ from pecobook.errors import ConfigError
 from pecobook.models.control_quantizers import build_quantizer
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
+from pecobook.models.feature_target import FeatureTarget
 from pecobook.models.initial import Start, start_tokenizer, take_parts, training_weights, write_training_weights
-from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
+from pecobook.models.perceptual import PerceptualDistance, PerceptualSum, build_perceptual_distance
 from pecobook.models.quantizer import Quantized
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
@@ -43,6 +45,9 @@ from pecobook.utils.distributed import mean_over_ranks
 from pecobook.utils.files import without_folders
 from pecobook.utils.images import to_float
 
+Frozen: TypeAlias = PerceptualDistance | PerceptualSum | FeatureTarget
+"""The frozen network of the loss."""
+
 
 class CodebookStage(Stage[CodebookConfig]):
     """The tokenizer, the frozen perceptual network and the loss.
@@ -50,19 +55,20 @@ class CodebookStage(Stage[CodebookConfig]):
     Args:
         config: all settings.
         num_classes: number of classes of the labels, for the classification loss of Table 6.
-        perceptual: the perceptual distance of the settings; None builds it.
+        frozen: the perceptual distance, or the target, of the settings; None builds it.
     """
 
     command = "codebook"
 
-    def __init__(
-        self, config: CodebookConfig, num_classes: int = 0, perceptual: PerceptualDistance | None = None
-    ) -> None:
+    def __init__(self, config: CodebookConfig, num_classes: int = 0, frozen: Frozen | None = None) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer = build_tokenizer(config)
+        # A frozen network leaves torch's generator as it is, so the tokenizer's random weights are the same without it.
+        frozen = frozen or _frozen_network(config)
+        self.target = frozen if isinstance(frozen, FeatureTarget) else None
+        self.perceptual = None if isinstance(frozen, FeatureTarget) else frozen
+        self.tokenizer = build_tokenizer(config, self.target)
         self.start = start_codebook(config, self.tokenizer)
-        self.perceptual = perceptual or build_perceptual_distance(config.perceptual, config.seed)
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
@@ -72,10 +78,11 @@ class CodebookStage(Stage[CodebookConfig]):
             self.min_batch_size = 2  # images are contrasted with each other
             self.contrast = CodewordContrast(self.tokenizer.encoder, config.model.latent_dim, config.explicit)
         if config.init:
-            skip = ("tokenizer", "perceptual")
+            skip = ("tokenizer", "perceptual", "target")
             state = training_weights(config.init)
             take_parts(self, {n: v for n, v in state.items() if not n.startswith("tokenizer.")}, self.start, skip=skip)
-        self.notes = (*(self.perceptual.notes if self.perceptual is not None else ()), *self.start.notes)
+        frozen_notes = (*frozen.notes, *frozen.input_notes(config.image_size)) if frozen is not None else ()
+        self.notes = (*frozen_notes, *self.start.notes)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
@@ -100,11 +107,11 @@ class CodebookStage(Stage[CodebookConfig]):
             whole = batch["reconstruction"].mean() if "reconstruction" in batch else loss.detach()
             loss = loss / mean_over_ranks(whole).clamp_min(1e-6)
         metrics |= self.health()
-        pictures, rows = {}, {}
-        if not self.training:
+        pictures, rows = {}, {} if self.training else {"codes": coded.codes}
+        if not self.training and self.target is None:
             clamped = restored.clamp(0, 1)
             metrics |= {"psnr": psnr(clamped, images).mean(), "ssim": ssim(clamped, images).mean()}
-            pictures, rows = {"images": images, "reconstructions": restored}, {"codes": coded.codes}
+            pictures = {"images": images, "reconstructions": restored}
         metrics = {name: value.detach() for name, value in metrics.items()}
         return StageOutput(loss + codebook_side + discriminator_loss, metrics, pictures, rows)
 
@@ -129,7 +136,13 @@ class CodebookStage(Stage[CodebookConfig]):
         return rgb_to_grayscale(images) if self.config.model.in_channels == 1 else images
 
     def _reconstruction_loss(self, images: Tensor, restored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return weighted pixel and perceptual loss, (), and metrics; both images float (B, C, H, W) in [0, 1]."""
+        """Return weighted pixel and perceptual loss, (), and metrics; both images float (B, C, H, W) in [0, 1].
+
+        With a target, `restored` is what the decoder predicts of its features.
+        """
+        if self.target is not None:
+            loss = self.target.loss(restored, images)
+            return loss, {"cosine": 1 - loss}
         pixel = 4 * F.mse_loss(restored, images)  # the factor 4 converts the error from [0, 1] to [-1, 1]
         # Training avoids torchmetrics' PSNR, which waits for the device; evaluation uses it.
         error = F.mse_loss(restored.detach().clamp(0, 1), images, reduction="none").flatten(1).mean(1)  # (B,)
@@ -266,26 +279,27 @@ class CodebookStage(Stage[CodebookConfig]):
         """Write the tokenizer."""
         self.tokenizer.value_range, self.tokenizer.init = self.config.value_range, self.start.summary
         trained = (f"tokenizer.{name}" for name in ("encoder.", "decoder.", "quantizer.codebook"))
-        write_training_weights(folder, state, leave_out=("perceptual.", *trained))
+        write_training_weights(folder, state, leave_out=("perceptual.", "target.", *trained))
         self.tokenizer.save_pretrained(folder, state=submodule_state(state, "tokenizer"), origin=_origin(self.config))
         return self.tokenizer.loading_code(self.config.out)
 
     @classmethod
-    def check(cls, config: CodebookConfig) -> PerceptualDistance | None:
-        """Build the perceptual distance. Raises PecobookError for settings, or weights, that cannot be used."""
-        if not config.perceptual.network:
+    def check(cls, config: CodebookConfig) -> Frozen | None:
+        """Build the frozen network. Raises PecobookError for settings, or weights, that cannot be used."""
+        if not (config.perceptual.network or config.target_features):
             raise ConfigError(
                 "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels "
                 "alone."
             )
         if config.explicit.kind == "contrastive":
             check_min_batch(config)
-        distance = build_perceptual_distance(config.perceptual, config.seed)
-        if distance is not None:
-            distance.check_image_size(config.image_size, config.image_size)
+        frozen = _frozen_network(config)
+        if frozen is not None and not isinstance(frozen, FeatureTarget):
+            frozen.check_image_size(config.image_size, config.image_size)
         if config.init:
-            start_codebook(config, build_tokenizer(config))
-        return distance
+            target = frozen if isinstance(frozen, FeatureTarget) else None
+            start_codebook(config, build_tokenizer(config, target))
+        return frozen
 
     @classmethod
     def needs_labels(cls, config: CodebookConfig) -> bool:
@@ -293,7 +307,7 @@ class CodebookStage(Stage[CodebookConfig]):
         return config.explicit.kind == "classification"
 
     @classmethod
-    def build(cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | None = None) -> CodebookStage:
+    def build(cls, config: CodebookConfig, splits: Splits, prebuilt: Frozen | None = None) -> CodebookStage:
         """Build the stage, with random weights in the tokenizer."""
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
         # A training that ended before k-means starts the codebook would export a random codebook.
@@ -316,11 +330,14 @@ def _origin(config: CodebookConfig) -> str:
     """Describe in a sentence, for the model card, how the tokenizer was trained; folders stay on this machine."""
     data, perceptual = without_folders(config.data), config.perceptual
     features = "pixels alone"
-    if perceptual.network != "none" and perceptual.weight > 0:
+    if config.target_features:
+        features = f"features of {without_folders(config.target_features)}, layer {config.target.layer}, by cosine"
+    elif perceptual.network != "none" and perceptual.weight > 0:
         layers = ", ".join(map(str, perceptual.layers))
         weights = f" ({without_folders(perceptual.weights)})" if perceptual.weights else ""
         network = without_folders(perceptual.network)
-        features = f"pixels and layers {layers} of {network}{weights}, lambda {perceptual.weight:g}"
+        more = "".join(f", and {without_folders(text)}" for text in perceptual.also)
+        features = f"pixels and layers {layers} of {network}{weights}{more}, lambda {perceptual.weight:g}"
     length = f"{config.max_steps} steps" if config.max_steps.isdigit() else config.max_steps
     return f"`pecobook codebook`, on `{data}` for {length} at batch {config.batch_size}, under {features}."
 
@@ -331,8 +348,15 @@ def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> St
     return start_tokenizer(tokenizer, config.init, vectors=vectors) if config.init else Start("")
 
 
-def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
-    """Build the tokenizer that the settings describe, with random weights."""
+def _frozen_network(config: CodebookConfig) -> Frozen | None:
+    """Build the network that the settings compare features with, or whose features they predict; None without one."""
+    if config.target_features:
+        return FeatureTarget(config.target_features, config.target, config.image_size, seed=config.seed)
+    return build_perceptual_distance(config.perceptual, config.seed)
+
+
+def build_tokenizer(config: CodebookConfig, target: FeatureTarget | None = None) -> PerceptualTokenizer:
+    """Build the tokenizer that the settings describe, with random weights; with a target it predicts its features."""
     quantizer = build_quantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
     shape = TokenizerConfig(
         model=config.model,
@@ -340,6 +364,8 @@ def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
         quantizer=config.quantizer.kind,
         levels=config.quantizer.levels,
         image_size=config.image_size,
+        features=target.channels if target is not None else 0,
+        teacher=without_folders(target.name) if target is not None else "",
     )
     return PerceptualTokenizer(shape, quantizer)
 

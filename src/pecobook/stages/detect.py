@@ -49,6 +49,7 @@ class DetectStage(Stage[DetectConfig]):
     """
 
     command = "detect"
+    has_one_size = False
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
 from pecobook.data.batch import Batch
-from pecobook.data.masking import blockwise_mask, random_mask
+from pecobook.data.masking import make_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
@@ -38,10 +38,12 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
     patch_grid,
+    patch_pixels,
     tiled_cross_entropy,
     unshare_positions,
 )
 from pecobook.models.network_traits import traits_of
+from pecobook.models.residual import keep_residuals_low
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
@@ -84,6 +86,8 @@ class PretrainStage(Stage[PretrainConfig]):
             self.patch = int(config.image_size // patch_grid(backbone)[0])
             size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
             self.model = masked_model(config, backbone, size)
+        if config.residual == "bf16":
+            keep_residuals_low([*backbone.blocks, *getattr(self.model, "decoder", ())], config.model.name)  # type: ignore[misc]
         take_masked_model(self.model, self.start, config.target, self.tokenizer)
         self.notes = self.start.notes
         self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
@@ -120,7 +124,8 @@ class PretrainStage(Stage[PretrainConfig]):
             logits = outputs.float()  # (B M, K)
             loss, best = F.cross_entropy(logits, targets), logits.argmax(1)
         accuracy = 100 * (best == targets).float().mean()
-        pictures = {} if self.training else self._pictures(images, mask, codes, best)
+        predicts = getattr(self.tokenizer, "predicts", "")  # features, so that there is nothing to draw
+        pictures = {} if self.training or predicts else self._pictures(images, mask, codes, best)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile the whole network once more
@@ -254,13 +259,6 @@ def resized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
-def patch_pixels(images: Tensor, patch: int) -> Tensor:
-    """Split images (B, C, H, W) into patches (B, N, C P^2), each normalised to mean 0, variance 1 (MAE, section 3)."""
-    pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, C P^2)
-    variance, mean = torch.var_mean(pixels, 2, keepdim=True)
-    return (pixels - mean) * torch.rsqrt(variance + 1e-6)
-
-
 # ------------------------------------------------------------------------------------------------------------- backbone
 
 
@@ -375,14 +373,6 @@ def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: t
 
 
 # ---------------------------------------------------------------------------------------------------- views and masks
-
-
-def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tensor:
-    """Draw the mask of a view: bool (h, w)."""
-    generator = torch.Generator().manual_seed(key(view_key, 2) >> 1)
-    if config.kind == "random":
-        return random_mask(grid, num_masked=config.num_masked, generator=generator)
-    return blockwise_mask(grid, num_masked=config.num_masked, min_block=config.min_block, generator=generator)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ class SegmentStage(Stage[SegmentConfig]):
     """
 
     command = "segment"
+    has_one_size = False  # images are evaluated whole
 
     def __init__(
         self, config: SegmentConfig, classes: tuple[str, ...], networks: tuple[FeaturePyramid, Backbone] | None = None

@@ -33,6 +33,7 @@ from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.cost import known_flop
 from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.durations import steps
@@ -41,7 +42,7 @@ from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.settings.values import changed_settings, to_dict
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.given import hook
-from pecobook.utils.printer import of_run, show
+from pecobook.utils.printer import doing, of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
 _LISTED = 6
@@ -107,7 +108,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
-        problems.check(lambda: launch.check_communication(config))
+        problems.check(lambda: launch.check_low_precision(config))
     if config.resume and config.value_range == AUTO:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
@@ -120,6 +121,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
         num_images = 0 if splits is None else len(splits.train)
         problems.check(lambda: run_folder.check(config, stage_type.command, num_images))
     probe = problems.check(lambda: open_probe(config))
+    doing("building the networks")
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     with without_downloads() if problems.problems else contextlib.nullcontext():
         prebuilt = problems.check(lambda: stage_type.check(config))
@@ -133,8 +135,10 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
+    doing(f"listing the images of {config.data}")
     splits = stage_type.open(config)
-    names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual", "init"))
+    given = ("tokenizer", "backbone", "perceptual", "target_features", "init")
+    names = (getattr(config, name, "") for name in given)
     models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
     set_value_range(splits, config.value_range, models)
     check_readable(splits.train)
@@ -191,10 +195,17 @@ def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
 
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
-    companion, views = stage.companions()[0], stage.num_views()
     view, transform = stage_type.view(config), hook("transform")
     view = view if transform is None else GivenView(transform, view)
-    return Stream(splits.train, view, config.seed, companion=companion, num_views=views, window=config.shuffle_window)
+    return Stream(
+        splits.train,
+        view,
+        config.seed,
+        companion=stage.companions()[0],
+        num_views=stage.num_views(),
+        repeats=stage.repeats(),
+        window=config.shuffle_window,
+    )
 
 
 def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: list[str]) -> Any:
@@ -217,6 +228,7 @@ def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: lis
         command=stage_type.command,
         reference=reference,
         probe=probe,
+        flop=lambda: known_flop(stage_type.command, config),
         preamble=preamble,
         draw=_draw_curves,
         on_step=hook("on_step"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -94,6 +95,43 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+_PEAKS = {
+    "GB200": 2500,
+    "B200": 2250,
+    "H20": 148,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "RTX A6000": 155,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+"""10^12 operations a second in bf16 on tensor cores that sum in fp32, without sparsity, from NVIDIA's data sheets, by a
+part of the name that PyTorch gives."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the operations a second that the maker states for a GPU in bf16; None for another device."""
+    return _peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _peak_of(name: str) -> float | None:
+    words = f" {re.sub('[-_]', ' ', name)} "
+    part = next((part for part in sorted(_PEAKS, key=len, reverse=True) if f" {part} " in words), None)
+    return None if part is None else 1e12 * _PEAKS[part]
 
 
 def exporting() -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import pickle
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from pecobook.errors import PecobookError, RunFolderError, first_line
+from pecobook.utils.files import write_atomically
 
 T = TypeVar("T")
 
@@ -68,16 +72,42 @@ _PART_BYTES = 2**22
 _sharing: Sharing | None = None
 
 
+class _Folder:
+    """A store in a folder, in which a process finds what the one that started it has left there."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+
+    def set(self, name: str, value: str | bytes) -> None:
+        """Keep a value; a value that cannot be written, as on a full disk, is made anew by whoever needs it."""
+        with contextlib.suppress(OSError):
+            write_atomically(self._file(name), value.encode() if isinstance(value, str) else value)
+
+    def get(self, name: str) -> bytes:
+        """Return a value."""
+        return self._file(name).read_bytes()
+
+    def check(self, names: list[str]) -> bool:
+        """Return whether the values are there; nothing is added when another process looks."""
+        return names == ["closed"] or all(self._file(name).is_file() for name in names)
+
+
 class Sharing:
-    """What rank 0 makes for all ranks, within `sharing`."""
+    """What the first process makes for all, within `sharing`: through the store of their addresses, or a folder."""
 
     _rounds = 0
 
-    def __init__(self) -> None:
-        Sharing._rounds += 1  # every rank enters equally often
-        self._store: Any = PrefixStore(f"pecobook/{Sharing._rounds}", dist.distributed_c10d._get_default_store())
+    def __init__(self, folder: str, *, is_first: bool) -> None:
         self._made: dict[str, Any] = {}
-        self._is_first = dist.get_rank() == 0
+        self._store: Any = _Folder(folder)
+        self._is_first = is_first
+        if world_size() > 1:
+            Sharing._rounds += 1  # every rank enters equally often
+            self._store = PrefixStore(f"pecobook/{Sharing._rounds}", dist.distributed_c10d._get_default_store())
+            self._is_first = dist.get_rank() == 0
 
     def get(self, name: str, make: Callable[[], T]) -> T:
         """Return what `make` returns on rank 0; see `made_by_first_rank`."""
@@ -105,7 +135,10 @@ class Sharing:
             if self._store.check(["closed"]) and not self._store.check([name]):
                 return make()
             time.sleep(0.05)
-        parts = [self._store.get(f"{name}/{number}") for number in range(int(self._store.get(name)))]
+        try:
+            parts = [self._store.get(f"{name}/{number}") for number in range(int(self._store.get(name)))]
+        except OSError:  # a part that could not be written
+            return make()
         return pickle.loads(zlib.decompress(b"".join(parts))) if parts else make()
 
     def close(self) -> None:
@@ -115,10 +148,15 @@ class Sharing:
 
 
 @contextmanager
-def sharing() -> Iterator[None]:
-    """Let rank 0 make what `made_by_first_rank` asks for, within this context, which all ranks enter."""
+def sharing(folder: str = "", *, is_first: bool = True) -> Iterator[None]:
+    """Let rank 0 make what `made_by_first_rank` asks for, within this context, which all ranks enter.
+
+    Args:
+        folder: where processes that have not met yet find what the first has made, who starts them later; else empty.
+        is_first: whether this process is the first of these.
+    """
     global _sharing
-    _sharing = Sharing() if world_size() > 1 else None
+    _sharing = Sharing(folder, is_first=is_first) if folder or world_size() > 1 else None
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ from pecobook.errors import ConfigError
 
 _MODULES = {
     "analysis": {"sklearn": "scikit-learn", "scipy": "scipy"},
-    "explore": {"gradio": "gradio"},
     "onnx": {"onnx": "onnx", "onnxscript": "onnxscript"},
     "photos": {"skimage": "scikit-image", "sklearn": "scikit-learn"},
 }

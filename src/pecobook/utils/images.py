@@ -74,7 +74,7 @@ def as_images(images: Tensor, channels: Sequence[int], stride: int = 1, *, check
     images = images.float()
     if exporting() or torch.compiler.is_compiling() or not check or not images.numel():
         return images
-    low, high = (float(value) for value in images.aminmax())
+    low, high = (float(value) for value in images.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):  # aminmax passes nan on
         raise ValueError("Images contain values that are not finite (nan or infinity).")
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:

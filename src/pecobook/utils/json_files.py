@@ -80,7 +80,7 @@ def read_json(
         PecobookError: of the class `error`: the file cannot be read, holds no JSON object, or lacks a field.
     """
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(file) from None
     except (OSError, ValueError, RecursionError) as cause:
@@ -94,9 +94,23 @@ def read_json(
     return dict(content)
 
 
+def parse_json(text: str) -> Any:
+    """Return the value of a text in JSON. Raises ValueError, also for a name twice in an object."""
+    return json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{repeated}' stands there twice: keep one")
+    return value
+
+
 def parse_object(text: str) -> dict[str, Any]:
     """Return the JSON object in a text. Raises ValueError where there is none."""
-    content: Any = json.loads(text)
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content

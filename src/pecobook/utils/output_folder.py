@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pecobook.errors import RunFolderError
+from pecobook.errors import RunFolderError, some_of
 from pecobook.utils.folder_lock import FolderLock, content
 from pecobook.utils.json_files import Schema, read_if_valid, read_json
 from pecobook.utils.printer import say
@@ -145,8 +145,7 @@ class OutputFolder:
                 folder.rmdir()
         rest = [path.name for path in content(self.path) if path.is_file() or any(path.iterdir())]
         if rest:
-            names = ", ".join(sorted(rest)[:5]) + (", ..." if len(rest) > 5 else "")
-            say(f"--overwrite leaves what pecobook did not write in '{self.out}': {names}")
+            say(f"--overwrite leaves what pecobook did not write in '{self.out}': {some_of(sorted(rest), 5)}")
 
     def _remedies(self, noun: str) -> str:
         content = f" and holds no {noun}" if self.always_resumes else ""

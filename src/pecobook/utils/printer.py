@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 from pecobook.errors import printable
@@ -23,25 +25,79 @@ class _Run:
     """Writes a line into train.log."""
     screen: Callable[[str], None] | None = None
     """Prints above a live bar; None without one."""
+    waiting: threading.Event | None = None
+    """Ends the live line of `doing`; None without one."""
 
 
 _run = _Run()
+_lock = threading.RLock()
+"""Held while the live line of `doing` is drawn or erased."""
 
 
-def show(text: str, *, stdout: bool = False, end: str = "\n") -> None:
+def show(text: str, *, stdout: bool = False, end: str = "\n", always: bool = False) -> None:
     """Print text to the screen: on standard error, or on standard output what other programs may read.
 
     Where standard error has gone, as with a closed terminal or the disk of its file full, the text is lost, and not the
-    run.
+    run. With `always` a process speaks that otherwise leaves it to another one.
     """
     text = printable(text, keep="\n\t")
-    if _run.quiet:
+    if _run.quiet and not always:
         return
+    doing("")
     with contextlib.nullcontext() if stdout else contextlib.suppress(OSError):
         if _run.screen is not None and not stdout:
             _run.screen(text)
         else:
             print(text, end=end, file=sys.stdout if stdout else sys.stderr, flush=True)
+
+
+def doing(text: str, *, after: float = 5) -> None:
+    """Say what the command does until it shows something else; an empty text ends that.
+
+    A terminal gets a live line at once, with the seconds that have passed. A log gets a plain line if the command is
+    still at it after `after` seconds.
+    """
+    with _lock:
+        if _run.waiting is not None:
+            _run.waiting.set()
+            _run.waiting = None
+            if _is_terminal():
+                _draw("")
+        if not text or _run.quiet or _run.screen is not None:
+            return
+        _run.waiting = over = threading.Event()
+    if _is_terminal():
+        _draw(text)
+        threading.Thread(target=_count_seconds, args=(text, over), daemon=True).start()
+    elif after == 0:
+        show(f"{text[0].upper()}{text[1:]}.")
+    else:
+        threading.Thread(target=_say_late, args=(text, over, after), daemon=True).start()
+
+
+def _count_seconds(text: str, over: threading.Event) -> None:
+    began = time.monotonic()
+    while not over.wait(1):
+        with _lock:
+            if not over.is_set():
+                _draw(f"{text}, {time.monotonic() - began:.0f} s")
+
+
+def _say_late(text: str, over: threading.Event, after: float) -> None:
+    if not over.wait(after):
+        with _lock:
+            if not over.is_set():
+                show(f"{text[0].upper()}{text[1:]}.")
+
+
+def _draw(text: str) -> None:
+    """Replace the line of the cursor, which was empty or a live line."""
+    with contextlib.suppress(OSError):
+        print(f"\r\x1b[2K{printable(text)}", end="", file=sys.stderr, flush=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def say(text: str) -> None:

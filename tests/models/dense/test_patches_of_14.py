@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from pecobook.models.dense.detector import Detector, _Anchors, _roi_align
-from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid, load_pyramid
+from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.dense.segmenter import Segmenter
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import Backbone
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectorConfig
-from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
+from pecobook.settings.segment import SegmentConfig, SegmenterConfig, SegmentTestConfig
 
 NAME = "vit_huge_patch14_224"
 ARGS: dict[str, Any] = {"img_size": 56, "embed_dim": 24, "depth": 6, "num_heads": 2}
@@ -170,8 +170,8 @@ def test_export__is_the_same_model(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(scores, segmenter.scores([image], test))
 
 
-def test_load_pyramid__takes_it() -> None:
-    options: dict[str, Any] = {"weights": "random", "image_size": 56, "config": PyramidConfig(), "drop_path": 0.0}
-    pyramid, _ = load_pyramid("timm:vit_small_patch14_dinov2", **options)
+def test_build_pyramid__takes_it() -> None:
+    config = SegmentConfig(backbone="timm:vit_small_patch14_dinov2", weights="random", image_size=56)
+    pyramid, _ = build_pyramid(config)
     assert (list(pyramid.strides), pyramid.patch) == (list(STRIDES), 14)
     assert pyramid(pictures(60, 40))[0].shape == (1, 384, 20, 12)

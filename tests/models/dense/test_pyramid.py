@@ -13,9 +13,9 @@ from pecobook.engine.optim import dense_groups
 from pecobook.errors import WeightsError
 from pecobook.models.dense.pyramid import (
     FeaturePyramid,
+    build_pyramid,
     describe_pyramid,
     from_windows,
-    load_pyramid,
     rebuild_pyramid,
     to_windows,
 )
@@ -23,6 +23,7 @@ from pecobook.models.dense.relative_positions import relative_position_index
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import Backbone
 from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.training import OptimConfig
 
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 6, "num_heads": 2}
@@ -246,9 +247,8 @@ def test_forward__of_two_blocks(kind: str) -> None:
     torch.testing.assert_close(maps[3], nn.functional.max_pool2d(expected[1], 2))
 
 
-def test_load_pyramid__by_name() -> None:
-    model, backbone = load_pyramid(
-        "timm:vit_tiny_patch16_224", weights="random", image_size=64, config=PyramidConfig(), drop_path=0.1
-    )
+def test_build_pyramid__by_name() -> None:
+    config = SegmentConfig(backbone="timm:vit_tiny_patch16_224", weights="random", image_size=64, drop_path=0.1)
+    model, backbone = build_pyramid(config)
     assert (backbone.name, model.strides) == ("vit_tiny_patch16_224", (4, 8, 16, 32))
     assert model(pictures(64, 80, 1))[0].shape == (1, 192, 16, 20)

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pecobook.analysis.atlas import Atlas
 from pecobook.analysis.report import write_pictures, write_report
 from pecobook.analysis.wording import file_part
 from pecobook.commands.analyze.inputs import AnalysisInputs, open_inputs
@@ -60,6 +61,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     cost: list[tuple[str, float]] = []
     measured = []
     pictures: dict[str, bytes] = {}
+    atlases: dict[str, Atlas] = {}
     total = len(inputs.tokenizers) + bool(inputs.runs)
     for number, tokenizer_input in enumerate(inputs.tokenizers, start=1):
         show(f"[{number}/{total}] {tokenizer_input.name}")
@@ -69,7 +71,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
         results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before drawing, so that the numbers survive an error in a picture
         show("  pictures")
-        drawn = draw()
+        drawn, atlases[tokenizer_input.name] = draw()
         cost.append((tokenizer_input.name, time.monotonic() - step_began))
         files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
         metrics.values["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
@@ -91,7 +93,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     with threadpool_limits(1):
         write_pictures(out, pictures)
         _write(results, out, began)
-        report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config)))
+        report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config), atlases=atlases))
     show(f"\nDone: open {report}")
     return report
 

@@ -14,10 +14,10 @@ from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import left_aside, load_state, read_checkpoint
 from pecobook.models.dry_run import dry_run
-from pecobook.models.export import read_export
+from pecobook.models.export import read_settings
 from pecobook.models.makers import Normalisation, file_normalisation, overridden, timm_normalisation, with_flags
 from pecobook.models.network_traits import trained_size
-from pecobook.models.weights import Backbone, create_network, exported_network
+from pecobook.models.weights import Backbone, Classifier, create_network
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
 from pecobook.utils.printer import say
@@ -75,13 +75,14 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
             )
         columns = torch.arange(count)
     else:
-        exported, state = read_export(Path(name).parent if Path(name).is_file() else name, kinds=("classifier",))
-        if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
-            raise ConfigError(f"--classifier '{name}' is not a finetune run: it is a {exported.get('kind')}.")
-        columns = torch.tensor(class_indices(exported["classes"], classes, f"--classifier '{Path(name)}'", config.data))
-        network = exported_network(exported, state, name)
-        size = exported["image_size"]
-        normalisation = Normalisation(tuple(exported["mean"]), tuple(exported["std"]), "as the run was trained")
+        folder = Path(name).parent if Path(name).is_file() else name
+        kind = read_settings(folder, kinds=("classifier",)).get("kind")
+        if kind != "classifier":  # segmenters and detectors have classes, too
+            raise ConfigError(f"--classifier '{name}' is not a finetune run: it is a {kind}.")
+        run = Classifier.from_pretrained(folder)
+        columns = torch.tensor(class_indices(run.classes, classes, f"--classifier '{Path(name)}'", config.data))
+        network, size = run.network, int(run.image_size or 0)
+        normalisation = Normalisation(run.mean, run.std, "as the run was trained")
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
     say(with_flags(normalisation.line(name), "--classifier-"))
     images, purpose = torch.zeros(2, 3, size, size), f"classify images of {size} pixels"

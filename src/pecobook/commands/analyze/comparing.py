@@ -11,7 +11,7 @@ The page leaves out missing values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pecobook.analysis.charts import Score, score_chart
@@ -68,6 +68,24 @@ def summary_of_comparisons(results: Results) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def finding(results: Results) -> str | None:
+    """Return which tokenizer's codes tell most about classes, if this was shown; None for one tokenizer."""
+    names = _names(results)
+    crossed = all(accuracy(results, "crossed_probe", name) is not None for name in names)
+    metric = "crossed_probe" if crossed else "codeword_probe"
+    scores = {name: accuracy(results, metric, name) or 0.0 for name in names}
+    ranked = sorted(names, key=lambda name: -scores[name])
+    if len(ranked) < 2:
+        return None
+    first, second = ranked[:2]
+    pair = compare({**results, "num_test": _num_test(results)}, metric, first, second)
+    probe = "a linear classifier" + (", with position removed," if crossed else "")
+    figures = f"{probe} is right in {scores[first]:.1f}% ({first}) and {scores[second]:.1f}% ({second})"
+    if pair is not None and pair.verdict is Verdict.HIGHER:
+        return f"The codes of {first} tell most about the class of an image: {figures}, higher by {pair.amount}."
+    return f"Whether the codes of {first} or of {second} tell more about the class is not shown here: {figures}."
+
+
 def what_was_compared(results: Results) -> Section:
     """Explain how the codebooks differ."""
     roles = [_ROLES[name] for name in _names(results) if name in _ROLES]
@@ -110,9 +128,9 @@ def probe_comparisons(results: Results) -> Section:
     return Section("Probe accuracy of the codebooks", text, charts, _comparison_table(results))
 
 
-def probe_chart(results: Results) -> bytes | None:
-    """Draw the accuracies of all probes with sampling errors; None if the number of test images is unknown or small."""
-    number, accuracies = results.get("num_test"), _accuracies(results)
+def probe_chart(results: Results, metrics: Collection[str] = tuple(PERCENT_METRICS)) -> bytes | None:
+    """Draw the accuracies of probes with sampling errors; None if the number of test images is unknown or small."""
+    number, accuracies = _num_test(results), _accuracies(results, metrics)
     if not accuracies or not number or number < MIN_IMAGES:
         return None
     panels = {
@@ -122,18 +140,30 @@ def probe_chart(results: Results) -> bytes | None:
     return score_chart(panels, chance=_chance(results))
 
 
-def _scores_as_text(results: Results) -> str:
+def leading_chart(results: Results) -> tuple[Picture, ...]:
+    """Return the chart of the probe that decides, and of the plain probes where no other section shows them."""
+    metrics = [deciding_probe(results)] if "comparisons" in results else ["crossed_probe", "codeword_probe"]
+    chart = probe_chart(results, metrics)
+    if chart is None:
+        return ()
+    caption = "Accuracy on held-out images, with one standard error of sampling to each side."
+    return (Picture(chart, caption, "Chart of probe accuracies: " + _scores_as_text(results, metrics)),)
+
+
+def _scores_as_text(results: Results, metrics: Collection[str] = tuple(PERCENT_METRICS)) -> str:
     parts = [
         f"{title}: {', '.join(f'{name} {value:.1f}%' for name, value in by_name.items())}"
-        for title, by_name in _accuracies(results).items()
+        for title, by_name in _accuracies(results, metrics).items()
     ]
     return "; ".join(parts) + "."
 
 
-def _accuracies(results: Results) -> dict[str, dict[str, float]]:
-    """Return the measured accuracies by name, by the title of the metric."""
+def _accuracies(results: Results, metrics: Collection[str]) -> dict[str, dict[str, float]]:
+    """Return the measured accuracies by name, by the title of the metric, in the order of `PERCENT_METRICS`."""
     accuracies: dict[str, dict[str, float]] = {}
     for metric, title in PERCENT_METRICS.items():
+        if metric not in metrics:
+            continue
         for name in (*_names(results), UNTRAINED):
             value = accuracy(results, metric, name)
             if value is not None:
@@ -216,6 +246,12 @@ def how_to_read() -> Section:
 
 def _names(results: Results) -> list[str]:
     return [str(tokenizer.get("name", "?")) for tokenizer in results.get("tokenizers") or ()]
+
+
+def _num_test(results: Results) -> int | None:
+    """Return the number of held-out images, which `analyze` stores for each tokenizer."""
+    counts = [int(tokenizer.get("num_images", 0)) for tokenizer in results.get("tokenizers") or ()]
+    return results.get("num_test") or min(counts, default=None)
 
 
 def _chance(results: Results) -> float | None:

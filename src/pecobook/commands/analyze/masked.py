@@ -66,6 +66,8 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
             count = int(mask[0].sum())
             part = {"masked": count, "share": round(share, 3), "accuracy": accuracy, "perplexity": perplexity}
             record["by_share"].append({**part, "position_baseline": position_baseline(codes, mask)})
+            if getattr(run.tokenizer, "predicts", ""):
+                continue  # its tokenizer predicts features, so there is nothing to draw
             inputs = [("original", images[rows]), ("masked", hide(images[rows], mask[rows]))]
             picture = columns.setdefault((share, run.grid), inputs)
             predicted_codes, _ = predict_masked(run, run, images[rows], mask[rows])

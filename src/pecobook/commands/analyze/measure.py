@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array
-from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
+from pecobook.analysis.atlas import Atlas
+from pecobook.analysis.codewords import bag_of_codes, code_usage, matches, mean_codewords, query_points
 from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
 from pecobook.analysis.probe import MIN_IMAGES, linear_probe
@@ -27,7 +28,14 @@ from pecobook.analysis.stability import stability
 from pecobook.commands.analyze.bank import Occurrences, bank_gallery, bank_usage, find_occurrences
 from pecobook.commands.analyze.classifier import RestrictedClassifier
 from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
-from pecobook.commands.analyze.pictures import PATCHES, TokenizerMetrics, evenly_spaced, gallery_codewords, pictures_of
+from pecobook.commands.analyze.pictures import (
+    PATCHES,
+    QUERIES,
+    TokenizerMetrics,
+    evenly_spaced,
+    gallery_codewords,
+    pictures_of,
+)
 from pecobook.commands.extract import extract
 from pecobook.data.stream import read_all
 from pecobook.data.tokens import TokenBank
@@ -97,8 +105,10 @@ def evaluate_tokenizer(
     values["position"]["moved"] = {key: _rounded(value) for key, value in moved.items()}
     probe_values, correct = code_probes(tokenizer, codes, labels, train, seed)
     shown = evenly_spaced(len(images))
-    pictures = next(float_parts(images[shown])), decode_all(tokenizer, codes[shown])
-    return TokenizerMetrics(name, values | probe_values, *pictures, usage, correct), codes
+    originals = next(float_parts(images[shown]))
+    restored = None if "predicts" in values else decode_all(tokenizer, codes[shown])
+    same = matches(images, codes, query_points(len(images), QUERIES, seed=seed), seed=seed)
+    return TokenizerMetrics(name, values | probe_values, originals, restored, usage, correct, same), codes
 
 
 def _quality(
@@ -109,7 +119,12 @@ def _quality(
     distance: PerceptualDistance | None,
     classifier: RestrictedClassifier | None,
 ) -> dict[str, Any]:
-    """Measure the reconstructions of some images at a time, since those of a whole data set would fill the memory."""
+    """Measure the reconstructions of some images at a time, since those of a whole data set would fill the memory.
+
+    A tokenizer that predicts features has none, and `predicts` then says so.
+    """
+    if predicts := getattr(tokenizer, "predicts", ""):
+        return {"predicts": predicts, "psnr": None, "ssim": None, "perceptual_distance": None}
     rows: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "distance": []}
     correct = {"originals": 0, "reconstructions": 0}
     done = 0
@@ -137,7 +152,7 @@ def _quality(
 
 def analyze_tokenizer(
     config: AnalyzeConfig, tokenizer_input: TokenizerInput, inputs: AnalysisInputs
-) -> tuple[TokenizerMetrics, list[str], Callable[[], dict[str, bytes]]]:
+) -> tuple[TokenizerMetrics, list[str], Callable[[], tuple[dict[str, bytes], Atlas]]]:
     """Measure one tokenizer; return the metrics, the unreadable images, and a function that draws pictures by kind."""
     tokenizer, bank = tokenizer_input.tokenizer, tokenizer_input.bank
     images, labels, skipped = read_all(inputs.splits.evaluation, tokenizer.image_size, limit=config.max_test)
@@ -171,13 +186,15 @@ def analyze_tokenizer(
         values["bank"], occurrences = _bank(config, bank, K)
     tokenizer.cpu()
 
-    def draw() -> dict[str, bytes]:
+    def draw() -> tuple[dict[str, bytes], Atlas]:
         classes, requested, seed = inputs.splits.evaluation.classes or (), config.codewords, config.seed
         usage = metrics.usage
-        drawn = pictures_of(tokenizer, images, codes, labels, usage, classes=classes, requested=requested, seed=seed)
+        drawn, atlas = pictures_of(
+            tokenizer, images, codes, labels, usage, classes=classes, requested=requested, seed=seed
+        )
         if bank is not None:
             drawn["bank-gallery"] = gallery_picture(bank_gallery(bank, inputs.splits.train, occurrences))
-        return drawn
+        return drawn, atlas
 
     return metrics, skipped, draw
 

@@ -9,12 +9,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pecobook.analysis.atlas import Atlas, as_json, sprite_jpeg
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.probe import MIN_IMAGES
 from pecobook.analysis.report import Picture, Report, Section, Table
 from pecobook.analysis.wording import duration, fixed, thousands
 from pecobook.commands.analyze.comparing import (
+    finding,
     how_to_read,
+    leading_chart,
     pretrained_vits,
     probe_comparisons,
     summary_of_comparisons,
@@ -39,6 +42,7 @@ def compose(
     *,
     title: str = "",
     subtitle: str = "",
+    atlases: Mapping[str, Atlas] | None = None,
 ) -> Report:
     """Compose the report from the contents of `analysis.json` and the pictures.
 
@@ -50,6 +54,7 @@ def compose(
         settings: settings, which are shown as JSON.
         title: title of the page; if empty, the title contains the number of tokenizers.
         subtitle: subtitle of the page; if empty, the subtitle lists the tokenizers.
+        atlases: the atlas of each tokenizer by its name.
     """
     tokenizers: Tokenizers = results["tokenizers"]
     number = len(tokenizers)
@@ -60,12 +65,13 @@ def compose(
         probe_comparisons(results) if in_pairs else None,
         position_section(tokenizers),
         semantics_section(tokenizers),
+        _matches(pictures),
         _galleries(tokenizers, pictures),
         _reconstructions(pictures),
         stability_section(tokenizers),
         similarity_section(tokenizers),
         _usage(tokenizers, pictures),
-        _maps(tokenizers, pictures),
+        _atlas(tokenizers, pictures, atlases or {}),
         pretrained_vits(results),
         _masked(results, pictures),
         _training(pictures),
@@ -76,7 +82,8 @@ def compose(
     return Report(
         title=title or default_title,
         subtitle=subtitle or ", ".join(str(tokenizer["name"]) for tokenizer in tokenizers),
-        summary=summary_of_comparisons(results) if in_pairs else _summary(tokenizers),
+        summary=summary_of_comparisons(results) if in_pairs else _summary(results, tokenizers),
+        lead=leading_chart(results),
         facts=_facts(results),
         sections=tuple(section for section in sections if section is not None),
         footer="Made by pecobook, an open implementation of PeCo (arXiv 2111.12710). "
@@ -84,12 +91,14 @@ def compose(
     )
 
 
-def _summary(tokenizers: Tokenizers) -> tuple[str, ...]:
+def _summary(results: Mapping[str, Any], tokenizers: Tokenizers) -> tuple[str, ...]:
     lines = []
     probed = [tokenizer for tokenizer in tokenizers if tokenizer.get("codeword_probe") is not None]
     if any(tokenizer.get("codeword_probe_error", 0) is None for tokenizer in probed):
         lines.append(f"Fewer than {MIN_IMAGES} held-out images are too few to say how well codewords separate classes.")
     elif probed:
+        found = finding(results)
+        lines += [found] if found else []
         accuracies = ", ".join(f"{tokenizer['codeword_probe']:.1f}% ({tokenizer['name']})" for tokenizer in probed)
         lines.append(f"The accuracy of a linear classifier on the mean codeword of an image is {accuracies}.")
         crossed = [tokenizer for tokenizer in probed if tokenizer.get("crossed_probe") is not None]
@@ -133,31 +142,44 @@ def _count(value: float | None) -> str | None:
 
 def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
     text = (
-        "Each block shows patches with the same codeword, outlined in their surroundings: first the requested "
-        "codewords and four codewords drawn at random from those in use, then the most used codewords. The patches are "
-        "drawn at random; each image gives one patch before any image gives a second one. Look for what the patches of "
-        "a block have in common: a colour, a texture, an edge, a part of an object.\n\nThe map at the left of a block "
+        "Each block shows patches with the same codeword, outlined in their surroundings. On the left are codewords "
+        "drawn at random from those in use, after the requested ones; they show what is usual. On the right are those "
+        "that tell most about a class (the largest lift), or without labels the most used ones; they show the best "
+        "case. The patches are drawn at random; each image gives one patch before any image gives a second one. Look "
+        "for what the patches of a block have in common: a colour, a texture, an edge, a part of an object.\n\nThe "
+        "map at the left of a block "
         "shows how often the codeword occurs at each position of the image, compared with its most frequent position, "
         "from dark to light. If one field alone is light, and all outlines lie in one corner, the codeword stands for "
         "a position rather than for what is seen there."
     )
-    galleries = [
-        *_pictures_of(tokenizers, pictures, "gallery"),
-        *_pictures_of(tokenizers, pictures, "bank-gallery"),
-    ]
+    galleries = _pictures_of(tokenizers, pictures, "gallery", "gallery-ranked")
+    galleries += _pictures_of(tokenizers, pictures, "bank-gallery")
     return Section("Patches that share a codeword", text, tuple(galleries), side_by_side=True) if galleries else None
 
 
+def _matches(pictures: Mapping[str, bytes]) -> Section | None:
+    if "matches.png" not in pictures:
+        return None
+    text = (
+        "The patch on the left, outlined in its surroundings, has a codeword in each codebook. Each column shows other "
+        "patches with this codeword: what the codebook holds to be the same. The patches on the left are drawn at "
+        "random from the middle of held-out images, and the others at random from other images."
+    )
+    picture = Picture(
+        pictures["matches.png"], "", "The same patches, and the patches that each codebook equates with them"
+    )
+    return Section("What each codebook holds to be the same", text, (picture,))
+
+
 _PICTURE_TEXTS = {
-    "gallery": ("", "Patches that share a codeword of {}", "{}"),
+    "gallery": ("", "Patches that share a codeword of {}, drawn at random", "{}: drawn at random"),
+    "gallery-ranked": ("", "Patches that share a codeword of {}, ranked", "{}: ranked"),
     "bank-gallery": ("", "Patches that share a codeword of {}", "{}, all training images"),
     "positions": (
         "{}: a position with few different codewords carries little information.",
         "Map of positions of {}",
         "",
     ),
-    "map-usage": ("{}", "Map of the codewords of {}", ""),
-    "map-classes": ("{}", "Map of the codewords of {}", ""),
     "neighbours": (
         "{}: the most used codeword and its nearest neighbours among the used codewords.",
         "Neighbouring codewords of {}",
@@ -207,13 +229,32 @@ def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | N
     return Section("Codebook usage", "", charts, side_by_side=True)
 
 
-def _maps(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
-    maps = _pictures_of(tokenizers, pictures, "map-usage", "map-classes", "neighbours")
+def _atlas(tokenizers: Tokenizers, pictures: Mapping[str, bytes], atlases: Mapping[str, Atlas]) -> Section | None:
+    shown = []
+    for tokenizer in tokenizers:
+        name = str(tokenizer["name"])
+        if name in atlases:
+            shown.append(_zoomable(name, atlases[name]))
+        shown += _pictures_of([tokenizer], pictures, "neighbours")
     text = (
-        "Codewords in a plane, projected by t-SNE: similar codewords are near each other. Crosses are codewords that "
-        "these images do not use."
+        "Every codeword that these images use, as one of its patches; codewords with similar vectors are near each "
+        "other (t-SNE, then the cells of a grid). The patch shown is the one nearest to the mean of the codeword's "
+        "patches, so it is typical; the galleries show how much the patches differ.\n\nDrag, pinch, or click and turn "
+        "the wheel to zoom; point at a patch to read what is known about its codeword. Frames show how often a "
+        "codeword is used, where in the image it occurs, its colour, or how much it tells about a class. Lift is the "
+        "share of a class among the images with the codeword, divided by its share of all images, and drawn towards 1 "
+        "for rare codewords."
     )
-    return Section("Maps of the codebook", text, tuple(maps), side_by_side=True) if maps else None
+    return Section("Atlas of the codebook", text, tuple(shown)) if shown else None
+
+
+def _zoomable(name: str, atlas: Atlas) -> Picture:
+    """Return the atlas as a picture that a script of the page can zoom."""
+    jpeg, tiles = sprite_jpeg(atlas), as_json(atlas)
+    size = (len(jpeg) * 4 / 3 + len(json.dumps(tiles))) / 1e6
+    used, total = thousands(len(atlas.codewords)), thousands(atlas.num_codewords)
+    caption = f"{used} of {total} codewords are in use. This atlas takes {size:.1f} MB of the page."
+    return Picture(jpeg, caption, f"Atlas of the codewords of {name}", title=name, tiles=tiles)
 
 
 def _masked(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section | None:

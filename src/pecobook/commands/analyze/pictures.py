@@ -14,18 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis import figures as draw
+from pecobook.analysis.atlas import Atlas, atlas_picture, make_atlas
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
-from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
-from pecobook.analysis.codewords import CodeUsage, code_gallery
-from pecobook.analysis.semantics import joint_counts
+from pecobook.analysis.codebook_map import nearest_used
+from pecobook.analysis.codewords import ClassShare, CodeUsage, GalleryPatch, GalleryRow, class_shares, code_gallery
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""
 PATCHES = 12
 """Number of patches of each codeword in a gallery."""
-_MAX_ON_MAP = 2048
-"""Maximum number of codewords on a map, the most used ones: t-SNE of 8,192 codewords takes minutes, and so many points
-hide each other."""
+QUERIES = 4
+"""Number of patches that are looked up in every codebook."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,13 @@ class TokenizerMetrics:
     """The metrics, as in `analysis.json`."""
     images: Tensor
     """The images of the picture of reconstructions, float (n, 3, S, S)."""
-    restored: Tensor
-    """The reconstructions of `images`."""
+    restored: Tensor | None
+    """The reconstructions of `images`; None for a tokenizer that predicts features."""
     usage: CodeUsage
     correct: dict[str, NDArray[np.bool_]]
     """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
+    matches: list[tuple[GalleryPatch, GalleryRow]]
+    """The patches that the codebook holds to be the same as some patches, which are the same for all codebooks."""
 
 
 def pictures_of(
@@ -54,8 +55,8 @@ def pictures_of(
     classes: Sequence[str],
     requested: Sequence[int],
     seed: int,
-) -> dict[str, bytes]:
-    """Draw galleries of patches, the map of positions, and maps of the codebook, by kind.
+) -> tuple[dict[str, bytes], Atlas]:
+    """Draw galleries of patches, the map of positions, and the atlas, by kind; return the atlas too.
 
     Args:
         tokenizer: the tokenizer.
@@ -68,32 +69,41 @@ def pictures_of(
         seed: seed for codewords and patches that are drawn at random.
     """
     codebook = tokenizer.codebook.detach().float().cpu()
-    pictures = {
-        "gallery": gallery(images, codes, usage, requested=requested, seed=seed),
-        "positions": draw.position_map(codes, tokenizer.num_codewords),
-    }
+    shares = None if labels is None else class_shares(codes, labels, tokenizer.num_codewords, classes)
+    pictures = galleries(images, codes, usage, shares, requested=requested, seed=seed)
+    pictures["positions"] = draw.position_map(codes, tokenizer.num_codewords)
     most_used = int(usage.counts.argmax())
     chosen = [most_used, *nearest_used(codebook, most_used, usage.counts)]
     if len(chosen) > 1:
         patches = code_gallery(images, codes, codewords=len(chosen), patches=6, seed=seed, chosen=chosen)
         pictures["neighbours"] = draw.gallery_picture(patches)
-    mapped = np.sort(np.argsort(-usage.counts, kind="stable")[:_MAX_ON_MAP])
-    plane = project_to_plane(codebook[torch.from_numpy(mapped)], seed=seed)
-    counts = np.where(usage.counts > 0, usage.counts, -1)[mapped]
-    note = f"\nthe {len(mapped)} most used of {len(codebook)} codewords" if len(mapped) < len(codebook) else ""
-    pictures["map-usage"] = map_picture(plane, counts, title=f"coloured by usage{note}")
-    if labels is not None:
-        dominant = _dominant_class(codes, labels, tokenizer.num_codewords)[mapped]
-        title = f"coloured by most frequent class{note}"
-        pictures["map-classes"] = map_picture(plane, dominant, title=title, classes=classes)
-    return pictures
+    atlas = make_atlas(images, codes, codebook, labels=labels, classes=classes, seed=seed)
+    return pictures | {"atlas": atlas_picture(atlas)}, atlas
 
 
-def gallery(images: Tensor, codes: Tensor, usage: CodeUsage, *, requested: Sequence[int] = (), seed: int) -> bytes:
-    """Draw patches of the codewords that `gallery_codewords` chooses."""
-    chosen = gallery_codewords(usage, requested, seed)
-    patches = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
-    return draw.gallery_picture(patches)
+def galleries(
+    images: Tensor,
+    codes: Tensor,
+    usage: CodeUsage,
+    shares: Mapping[int, ClassShare] | None,
+    *,
+    requested: Sequence[int] = (),
+    seed: int,
+) -> dict[str, bytes]:
+    """Draw patches of codewords drawn at random, and of those with the largest class lift, or the most used ones.
+
+    `shares` are the classes of the codewords; None without labels. The requested codewords come before the random ones.
+    """
+    random = gallery_codewords(usage, requested, seed)[: len(set(requested)) + 4]
+    if shares:
+        ranked = sorted(shares, key=lambda code: (-shares[code].lift, code))[:4]
+    else:
+        ranked = np.argsort(-usage.counts, kind="stable")[: min(4, usage.codes_used)].tolist()
+    drawn = {}
+    for kind, chosen in (("gallery", random), ("gallery-ranked", ranked)):
+        rows = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
+        drawn[kind] = draw.gallery_picture(rows, shares)
+    return drawn
 
 
 def evenly_spaced(count: int) -> Tensor:
@@ -110,21 +120,18 @@ def gallery_codewords(usage: CodeUsage, requested: Sequence[int], seed: int) -> 
     return first + [code for code in by_use if code not in first][:4]
 
 
-def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> NDArray[np.int64]:
-    """Return the most frequent label among the patches of each codeword, (K,); -1 for an unused codeword."""
-    patch_labels = labels[:, None, None].expand(codes.shape)
-    joint = joint_counts(codes, patch_labels, num_codewords, int(labels.max()) + 1)
-    return np.where(joint.sum(1) > 0, joint.argmax(1), -1)
-
-
 def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
-    """Draw the reconstructions and the codeword frequencies of all tokenizers in one picture each."""
+    """Draw the reconstructions, codeword frequencies and matches of all tokenizers in one picture each."""
     originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
-    columns = [(metrics.name, resize_nearest(metrics.restored, originals.shape[-1])) for metrics in measured]
-    return {
-        "reconstructions.png": draw.image_columns([("original", originals), *columns]),
-        "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured}),
-    }
+    restored = {metrics.name: metrics.restored for metrics in measured if metrics.restored is not None}
+    columns = [(name, resize_nearest(images, originals.shape[-1])) for name, images in restored.items()]
+    pictures = {"reconstructions.png": draw.image_columns([("original", originals), *columns])} if columns else {}
+    pictures["usage.png"] = code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured})
+    if len(measured) > 1:
+        queries = [query for query, _ in measured[0].matches]
+        rows = [(metrics.name, [row for _, row in metrics.matches]) for metrics in measured]
+        pictures["matches.png"] = draw.matches_picture(queries, rows)
+    return pictures
 
 
 def curves_of(kind: str, sources: Mapping[str, str]) -> dict[str, bytes]:

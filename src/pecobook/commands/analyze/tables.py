@@ -1,6 +1,6 @@
 """Sections of the report that are tables, with one row per metric and one column per tokenizer.
 
-A cell is a dash if its number is missing.
+A cell is a dash if its number is missing, and a row of dashes is left out.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ Rows = list[tuple[str, Callable[[Tokenizer], str]]]
 
 
 def tokenizer_table(tokenizers: Tokenizers, rows: Rows, note: str = "") -> Table:
-    """Make a table with one row per metric and one column per tokenizer."""
+    """Make a table with one row per metric that was measured, and one column per tokenizer."""
     header = ("", *(str(tokenizer["name"]) for tokenizer in tokenizers))
-    return Table(header, tuple((title, *(cell(tokenizer) for tokenizer in tokenizers)) for title, cell in rows), note)
+    cells = [(title, *(cell(tokenizer) for tokenizer in tokenizers)) for title, cell in rows]
+    measured = [row for row in cells if any(cell.strip("–() ") for cell in row[1:])]
+    if any(cell == "–" for row in measured for cell in row):
+        note = f"{note} A dash means that the value was not measured.".lstrip()
+    return Table(header, tuple(measured), note)
 
 
 def number(*keys: str, digits: int, factor: float = 1) -> Callable[[Tokenizer], str]:
@@ -95,9 +99,11 @@ def overview_section(tokenizers: Tokenizers) -> Section:
     ]
     note = (
         "PSNR rewards equal pixels, and a perceptual distance rewards equal features, so each tokenizer is good at "
-        "what it was trained for. Tokenizers with different strides use different numbers of tokens for an image. A "
-        "dash means that the value was not measured."
+        "what it was trained for. Tokenizers with different strides use different numbers of tokens for an image."
     )
+    for tokenizer in tokenizers:
+        if "predicts" in tokenizer:
+            note += f" {tokenizer['name']} predicts {tokenizer['predicts']}, not pixels, and has no reconstructions."
     return Section("Overview", "", table=tokenizer_table(tokenizers, rows, note))
 
 
@@ -157,8 +163,8 @@ def semantics_section(tokenizers: Tokenizers) -> Section | None:
         if kind in tokenizers[0]["information"]:
             rows += [
                 (f"information about {words}, %", number("information", kind, "share", digits=1, factor=100)),
-                ("   given position, %", number("information", kind, "given_position", digits=1, factor=100)),
-                ("   purity, %", with_null("information", kind, "purity")),
+                (f"   given position: {words}, %", number("information", kind, "given_position", digits=1, factor=100)),
+                (f"   purity: {words}, %", with_null("information", kind, "purity")),
             ]
     note = (
         "Purity is the percentage of patches that have the most frequent value of their code; the purity of codes of "

@@ -64,7 +64,7 @@ def _write_all(config: DemoConfig) -> Path:
     from threadpoolctl import threadpool_limits  # scikit-learn installs it
 
     with threadpool_limits(1):
-        results, pictures = measure(config, jobs)
+        results, pictures, atlases = measure(config, jobs)
     cost["measuring"] = time.monotonic() - measuring_began
     results["seconds"] = round(time.monotonic() - began, 1)
     write_pictures(out, pictures)
@@ -78,6 +78,7 @@ def _write_all(config: DemoConfig) -> Path:
         title="Three codebooks, the same images",
         subtitle="What image tokens represent if a codebook is trained with a pixel loss, "
         "and if it is trained with a perceptual loss too.",
+        atlases=atlases,
     )
     report = write_report(out, page)
     show(f"\nDone in {compact_duration(results['seconds'])}: open {report}")

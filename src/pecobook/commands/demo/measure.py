@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pecobook.analysis.atlas import Atlas
 from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.features import backbone_features
 from pecobook.analysis.probe import paired_difference
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.masked import predict
 from pecobook.commands.analyze.measure import STABILITY_IMAGES, evaluate_tokenizer
-from pecobook.commands.analyze.pictures import TokenizerMetrics, curves_of, gallery, side_by_side
+from pecobook.commands.analyze.pictures import TokenizerMetrics, curves_of, pictures_of, side_by_side
 from pecobook.commands.demo.plan import ARMS, PRETRAINED
 from pecobook.commands.jobs import Job
 from pecobook.commands.masked_run import load_masked_run
@@ -49,20 +51,23 @@ class _Images(NamedTuple):
     """Test images that are one token larger."""
 
 
-def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the results, which contain the entries of `analysis.json` and more, and the pictures by file name."""
+def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Atlas]]:
+    """Return the results, which contain the entries of `analysis.json` and more, pictures by file name, and atlases."""
     with of_run(quiet=True):  # what there is to say was said before the runs
         splits = open_readable(config.data, config.value_range, [str(jobs["codebook-pixel"].out)])
     codebook = jobs["codebook-pixel"].config
     images = _read(splits, config, codebook.image_size, codebook.model.stride)
-    measured, galleries, probes = _evaluate_all(config, jobs, images)
+    measured, drawn, probes = _evaluate_all(config, jobs, images, splits.evaluation.classes or ())
     runs = {arm: load_masked_run(jobs[f"vit-{arm}"].out) for arm in PRETRAINED}
     predictions = predict(runs, splits.evaluation, config.seed)
     tokenizers = []
+    pictures: dict[str, bytes] = {}
     for arm, metrics in measured.items():
         mim = _mim(jobs[f"vit-{arm}"], probes[arm]) if arm in PRETRAINED else None
-        tokenizers.append({**metrics.values, "mim": mim, "pictures": {"gallery": f"pictures/gallery-{arm}.png"}})
-    pictures = {f"gallery-{arm}.png": png for arm, png in galleries.items()}
+        files = {kind: f"{kind}-{arm}.png" for kind in drawn[arm][0]}
+        paths = {kind: f"pictures/{file}" for kind, file in files.items()}
+        tokenizers.append({**metrics.values, "mim": mim, "pictures": paths})
+        pictures |= {files[kind]: png for kind, png in drawn[arm][0].items()}
     pictures |= side_by_side(list(measured.values())) | predictions.draw()
     pictures |= curves_of("contrast", {"MoCo v3": str(jobs["contrast"].out)})
     pictures |= curves_of("tokenizers", {arm: str(jobs[f"codebook-{arm}"].out) for arm in ARMS})
@@ -82,7 +87,7 @@ def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], d
         "comparisons": _comparisons(measured, probes),
         "masked_prediction": predictions.records,
     }
-    return results, pictures
+    return results, pictures, {arm: atlas for arm, (_, atlas) in drawn.items()}
 
 
 def _read(splits: Splits, config: DemoConfig, size: int, stride: int) -> _Images:
@@ -96,9 +101,9 @@ def _read(splits: Splits, config: DemoConfig, size: int, stride: int) -> _Images
 
 
 def _evaluate_all(
-    config: DemoConfig, jobs: dict[str, Job], images: _Images
-) -> tuple[dict[str, TokenizerMetrics], dict[str, bytes], dict[str, Probes]]:
-    """Return metrics and gallery of each codebook, and the probes of each ViT and of an untrained ViT (the floor)."""
+    config: DemoConfig, jobs: dict[str, Job], images: _Images, classes: Sequence[str]
+) -> tuple[dict[str, TokenizerMetrics], dict[str, tuple[dict[str, bytes], Atlas]], dict[str, Probes]]:
+    """Return metrics and pictures of each codebook, and the probes of each ViT and of an untrained ViT (the floor)."""
     perceptual = jobs["codebook-perceptual"].config.perceptual
     distance = PerceptualDistance(perceptual.network, perceptual.layers, normalisation=perceptual.normalisation)
     distance.to(device())  # the distance of the trained network, for all codebooks
@@ -115,23 +120,28 @@ def _evaluate_all(
         probe_futures = {arm: pool.submit(_probes, backbones[arm], images, config.seed) for arm in backbones}
         results = {arm: future.result() for arm, future in metric_futures.items()}
         probes = {arm: future.result() for arm, future in probe_futures.items()}
-    galleries = {
-        arm: gallery(images.test, codes, metrics.usage, seed=config.seed) for arm, (metrics, codes) in results.items()
-    }
-    return {arm: metrics for arm, (metrics, _) in results.items()}, galleries, probes
+    drawn = {
+        arm: pictures_of(
+            tokenizer, images.test, codes, images.test_labels, metrics.usage,
+            classes=classes, requested=(), seed=config.seed,
+        )
+        for arm, (metrics, codes, tokenizer) in results.items()
+    }  # fmt: skip
+    return {arm: metrics for arm, (metrics, *_) in results.items()}, drawn, probes
 
 
 def _evaluate_arm(
     arm: str, job: Job, images: _Images, distance: PerceptualDistance, seed: int
-) -> tuple[TokenizerMetrics, Tensor]:
+) -> tuple[TokenizerMetrics, Tensor, PerceptualTokenizer]:
     tokenizer = PerceptualTokenizer.from_pretrained(job.config.out)
 
     def train() -> tuple[Tensor, Tensor] | None:
         return None if images.train_labels is None else (encode_all(tokenizer, images.train), images.train_labels)
 
-    return evaluate_tokenizer(
+    metrics, codes = evaluate_tokenizer(
         arm, tokenizer, images.test, images.test_labels, train, distance, larger=images.larger, seed=seed
     )
+    return metrics, codes, tokenizer
 
 
 def _probes(backbone: Backbone, images: _Images, seed: int) -> Probes:

@@ -21,6 +21,7 @@ from pecobook.engine.value_range import open_readable, set_value_range
 from pecobook.errors import ConfigError, PecobookError, Preflight, WeightsError
 from pecobook.models.judges import Inception, WeightsFile, load_inception, load_lpips
 from pecobook.models.perceptual import PerceptualDistance
+from pecobook.models.tokenizer import require_pixels
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.evaluate import METRICS, EvaluateConfig
 from pecobook.utils.devices import device
@@ -94,7 +95,7 @@ def open_inputs(config: EvaluateConfig) -> Inputs:
         preflight.problems.append(ConfigError(text))
     opened = preflight.check(lambda: _open_images(config))
     names = unique_names(config.tokenizers)
-    loaded = [preflight.check(partial(load_tokenizer, source)) for source in config.tokenizers]
+    loaded = [preflight.check(partial(_load, source)) for source in config.tokenizers]
     tokenizers = [tokenizer for tokenizer in loaded if tokenizer is not None]
     sizes: list[int] = []
     if len(tokenizers) == len(names):
@@ -109,6 +110,12 @@ def open_inputs(config: EvaluateConfig) -> Inputs:
         preflight.check(lambda: _open_statistics(inputs))
         preflight.finish()
     return inputs
+
+
+def _load(source: str) -> Any:
+    tokenizer = load_tokenizer(source)
+    require_pixels(tokenizer, f"'{source}'", "be evaluated by reconstructions; 'pecobook analyze' measures its codes")
+    return tokenizer
 
 
 def _open_images(config: EvaluateConfig) -> tuple[list[ImageSource], str]:

@@ -1,6 +1,6 @@
-"""The contents of the page: images, their codes, other patches with these codes, and masked predictions.
+"""What the page shows, as values: the codes of an image, a codeword, the list of codewords, and masked predictions.
 
-Shapes: N images, code grid (h, w), K codewords, S side of a tokenizer's images. Pictures are uint8 arrays (H, W, 3).
+Shapes: N images, code grid (h, w), K codewords, S side of a tokenizer's images. Pictures are uint8 tensors (3, H, W).
 """
 
 from __future__ import annotations
@@ -13,201 +13,356 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
+from pecobook.analysis.arrays import evaluation_mode
 from pecobook.analysis.codebook_map import nearest_used
-from pecobook.analysis.codewords import GalleryPatch, GalleryRow, code_gallery, code_usage
-from pecobook.analysis.figures import position_shares
-from pecobook.analysis.reconstruction import decode_all, encode_all, hide, predict_masked, psnr
-from pecobook.commands.extract import extract
+from pecobook.analysis.occurrences import MIN_IMAGES, ClassCounts, Occurrences, class_counts, main_places, occurrences
+from pecobook.analysis.position import MIN_PATCHES, commonest_code_accuracy
+from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.commands.masked_run import MaskedRun
-from pecobook.data.decode import BadImage
-from pecobook.data.sampler import fixed_permutation
-from pecobook.data.source import ImageSource, Splits
-from pecobook.data.views import center_crop
+from pecobook.data.source import ImageSource
+from pecobook.data.stream import central_crops
+from pecobook.engine.log import Progress
+from pecobook.errors import some_of
 from pecobook.utils.images import to_float
+from pecobook.utils.printer import say
 
-Picture = NDArray[np.uint8]
-SIDE = 448
-"""Minimum size of pictures in pixels: small images are enlarged without smoothing, so that a click selects a token."""
+EXEMPLARS, NEIGHBOURS, TOP = 30, 8, 5
+PAGE = 80
+"""Number of codewords on a page of the list."""
+SORTS = ("use", "lift", "purity", "place", "number")
+Json = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexedTokenizer:
-    """A tokenizer, with the held-out images of the source and their codes."""
+    """A tokenizer, with the codes of held-out images; their pixels are read again when they are shown."""
 
     name: str
     tokenizer: Any
-    images: Tensor
-    """uint8 (N, 3, S, S)."""
-    codes: Tensor
-    """int64 (N, h, w)."""
-    labels: Tensor | None
-    counts: NDArray[np.int64]
-    """Number of patches with each codeword, (K,)."""
-    colours: Tensor
-    """float (K, 3) in [0, 1]: similar codewords have similar colours."""
+    rows: NDArray[np.int64]
+    """The number in the source of each image that was encoded, (N,)."""
+    codes: NDArray[np.int32]
+    """(N, h, w)."""
+    found: Occurrences
+    classes: tuple[str, ...]
+    """Names of the classes; empty without labels."""
+    labels: NDArray[np.int64] | None
+    by_class: ClassCounts | None
+    places: tuple[NDArray[np.int64], NDArray[np.int64]]
+    """Each codeword's most frequent place, row after row, and its number of patches there, (K,) each."""
+    colours: NDArray[np.uint8]
+    """(K, 3): similar codewords have similar colours."""
+    examples: Tensor
+    """A patch of each codeword, uint8 (K, 3, f, f); grey where there is none."""
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Number of patches of each codeword, (K,)."""
+        return self.found.counts
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedImage:
-    """The codes of an image, with the pictures of the page."""
-
-    original: Picture
-    tokens: Picture
-    restored: Picture
-    error: Picture
-    codes: Tensor
-    """int64 (h, w)."""
-    psnr: float
-
-
-@dataclasses.dataclass(frozen=True)
-class CodewordInfo:
-    """Patches, positions and classes of a codeword, and its nearest codewords."""
-
-    row: GalleryRow
-    patches: list[Picture]
-    classes: list[tuple[str, int, float]]
-    """(class, number of patches, percentage), the most frequent class first; empty without labels."""
-    nearest: list[tuple[int, Picture]]
-    """The nearest codewords in use, each with one patch."""
+def index(name: str, tokenizer: Any, source: ImageSource, limit: int) -> IndexedTokenizer:
+    """Encode at most `limit` images of the source, batch by batch, and show the progress."""
+    rows, codes, skipped = [], [], []
+    examples = _Examples(tokenizer.num_codewords, tokenizer.stride)
+    progress = Progress(total=min(limit, len(source)), start=0, name=f"codes of {name}", quiet=False)
+    for done, batch in central_crops(source, tokenizer.image_size, limit=limit):
+        if "image" in batch:
+            batch_codes = encode_all(tokenizer, batch["image"])
+            rows.append(batch["index"].numpy())
+            codes.append(batch_codes.numpy().astype(np.int32))
+            examples.add(batch["image"], batch_codes)
+        skipped += batch["skipped"]
+        progress.show(done, {})
+    progress.close()
+    if skipped:
+        say(f"{len(skipped)} images cannot be read and are left out: {some_of(skipped, 3)}")
+    return indexed(name, tokenizer, source, np.concatenate(rows), np.concatenate(codes), examples.patches)
 
 
-def index(name: str, tokenizer: Any, splits: Splits, limit: int) -> IndexedTokenizer:
-    """Encode at most `limit` held-out images, and show the progress."""
+class _Examples:
+    """A typical patch of each codeword: one near to the mean of those before it, in 4 x 4 colours."""
 
-    def features(x: Tensor) -> dict[str, Tensor]:
-        return {"images": (255 * x).round().to(torch.uint8), "codes": encode_all(tokenizer, x)}
+    def __init__(self, num_codewords: int, f: int) -> None:
+        self.patches = torch.full((num_codewords, 3, f, f), 128, dtype=torch.uint8)
+        self._distance = torch.full((num_codewords,), float("inf"))
+        self._sums, self._counts = torch.zeros(num_codewords, 48), torch.zeros(num_codewords)
 
-    extracted, labels = extract(splits.evaluation, tokenizer.image_size, limit, features, f"codes of {name}")
-    images, codes = extracted["images"], extracted["codes"]
-    counts = code_usage(codes, tokenizer.num_codewords).counts
+    def add(self, images: Tensor, codes: Tensor) -> None:
+        """Take what is nearer from a batch, uint8 (B, 3, S, S) with codes (B, h, w)."""
+        B, h, w = codes.shape
+        small = F.adaptive_avg_pool2d(images.float(), (4 * h, 4 * w)).view(B, 3, h, 4, w, 4)
+        small, flat = small.permute(0, 2, 4, 1, 3, 5).reshape(-1, 48), codes.flatten()
+        self._sums.index_add_(0, flat, small)
+        self._counts += torch.bincount(flat, minlength=len(self._counts))
+        distance = (small - self._sums[flat] / self._counts[flat, None]).square().sum(1)
+        nearest = distance.argsort(descending=True)  # of equal codewords the last one counts
+        chosen = dict(zip(flat[nearest].tolist(), nearest.tolist(), strict=True))
+        f = self.patches.shape[-1]
+        for code, patch in chosen.items():
+            if distance[patch] < self._distance[code]:
+                self._distance[code] = distance[patch]
+                image, row, column = np.unravel_index(patch, (B, h, w))
+                self.patches[code] = images[image, :, row * f : (row + 1) * f, column * f : (column + 1) * f]
+
+
+def indexed(
+    name: str,
+    tokenizer: Any,
+    source: ImageSource,
+    rows: NDArray[np.int64],
+    codes: NDArray[np.int32],
+    examples: Tensor,
+) -> IndexedTokenizer:
+    """Count the codes int32 (N, h, w) of the images `rows` of the source."""
+    found = occurrences(codes, tokenizer.num_codewords)
+    labels = None if source.labels is None else source.labels[rows]
+    classes = source.classes or ()
+    by_class = None if labels is None else class_counts(found, labels, len(classes))
     colours = code_colours(tokenizer.codebook.detach().float().cpu())
-    return IndexedTokenizer(name, tokenizer, images, codes, labels, counts, colours)
+    places = main_places(found)
+    return IndexedTokenizer(name, tokenizer, rows, codes, found, classes, labels, by_class, places, colours, examples)
 
 
-def code_colours(codebook: Tensor) -> Tensor:
-    """Return colours (K, 3) in [0.1, 0.95]: the ranks along the three principal directions of a codebook (K, D)."""
+def code_colours(codebook: Tensor) -> NDArray[np.uint8]:
+    """Return colours (K, 3) from 26 to 242: the ranks along the three principal directions of a codebook (K, D)."""
     K, D = codebook.shape
     centred = codebook - codebook.mean(0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[: min(3, D)]
     projected = F.pad(centred @ directions.T, (0, 3 - len(directions)))
     ranks = projected.argsort(0).argsort(0).float() / max(K - 1, 1)
-    return 0.1 + 0.85 * ranks
+    return to_picture(0.1 + 0.85 * ranks).numpy()
 
 
-def encode_image(indexed: IndexedTokenizer, image: Tensor) -> EncodedImage:
-    """Encode and decode an image, uint8 (3, H, W)."""
-    crop = center_crop(image, indexed.tokenizer.image_size)
-    x = to_float(crop)[None]
-    codes = encode_all(indexed.tokenizer, x)
-    restored = decode_all(indexed.tokenizer, codes)
+def to_picture(image: Tensor) -> Tensor:
+    """Convert floats in [0, 1] to uint8."""
+    return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- an image
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """The codes of an image, int64 (h, w), and its pictures."""
+
+    codes: Tensor
+    original: Tensor
+    restored: Tensor
+    error: Tensor
+    """The absolute error, averaged over the channels; the largest one is white."""
+    psnr: float
+
+
+def encode_image(tokenizer: Any, image: Tensor) -> EncodedImage:
+    """Encode and decode an image, uint8 (3, S, S)."""
+    x = to_float(image)[None]
+    codes = encode_all(tokenizer, x)
+    restored = decode_all(tokenizer, codes)
     error = (x - restored).abs().mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    return EncodedImage(
-        original=to_picture(x[0]),
-        tokens=to_picture(indexed.colours[codes[0]].permute(2, 0, 1)),
-        restored=to_picture(restored[0]),
-        error=to_picture(error[0] / max(float(error.max()), 1e-6)),
-        codes=codes[0],
-        psnr=float(psnr(x, restored)[0]),
-    )
+    error = error / max(float(error.max()), 1e-6)
+    return EncodedImage(codes[0], image, to_picture(restored[0]), to_picture(error[0]), float(psnr(x, restored)[0]))
 
 
-def code_at(encoded: EncodedImage, x: int, y: int) -> int:
-    """Return the code at a pixel of the picture."""
-    h, w = encoded.codes.shape
-    height, width = encoded.tokens.shape[:2]
-    return int(encoded.codes[min(y * h // height, h - 1), min(x * w // width, w - 1)])
+def image_values(tokenizer: IndexedTokenizer, encoded: EncodedImage) -> Json:
+    """Return codes and colours of the tokens, and the quality of the reconstruction."""
+    return {
+        "codes": encoded.codes.tolist(),
+        "colours": [[f"rgb({r},{g},{b})" for r, g, b in row] for row in tokenizer.colours[encoded.codes].tolist()],
+        "distinct": len(set(encoded.codes.flatten().tolist())),
+        "psnr": round(encoded.psnr, 1),
+    }
 
 
-def codeword_info(
-    indexed: IndexedTokenizer, code: int, classes: tuple[str, ...], *, max_patches: int = 18
-) -> CodewordInfo:
-    """Collect patches, positions, classes and nearest codewords of a codeword."""
-    row = _gallery_row(indexed, code, max_patches)
-    frequent: list[tuple[str, int, float]] = []
-    if indexed.labels is not None and row.count:
-        per_image = (indexed.codes == code).flatten(1).sum(1)
-        by_class = torch.bincount(indexed.labels, weights=per_image.double(), minlength=len(classes))
-        order = by_class.argsort(descending=True, stable=True)[:8].tolist()
-        counted = [(classes[label], int(by_class[label])) for label in order if by_class[label] > 0]
-        frequent = [(name, number, 100 * number / row.count) for name, number in counted]
-    nearest = nearest_used(indexed.tokenizer.codebook, code, indexed.counts)
-    return CodewordInfo(
-        row=row,
-        patches=[_outlined(patch) for patch in row.patches],
-        classes=frequent,
-        nearest=[(other, _outlined(_gallery_row(indexed, other, 1).patches[0])) for other in nearest],
-    )
+# ----------------------------------------------------------------------------------------------------------- codewords
 
 
-def _gallery_row(indexed: IndexedTokenizer, code: int, max_patches: int) -> GalleryRow:
-    (row,) = code_gallery(indexed.images, indexed.codes, codewords=1, patches=max_patches, chosen=[code])
-    return row
+def codeword_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
+    """Return use, exemplars, places, classes and neighbours of a codeword."""
+    found, counts = tokenizer.found, tokenizer.counts
+    patches = found.of(codeword)
+    places = np.bincount(patches[:, 1] * found.grid[1] + patches[:, 2], minlength=found.grid[0] * found.grid[1])
+    drawn = found.exemplars(codeword, EXEMPLARS)
+    count = int(counts[codeword])
+    return {
+        "codeword": codeword,
+        "count": count,
+        "images": len(np.unique(patches[:, 0])),
+        "of": found.num_images,
+        "share": 100 * count / len(found.patches),
+        "rank": int((counts > count).sum()) + 1 if count else None,
+        "used": int((counts > 0).sum()),
+        "places": places.reshape(found.grid).tolist(),
+        "exemplars": [
+            {
+                "image": int(tokenizer.rows[image]),
+                "row": row,
+                "column": column,
+                "class": "" if tokenizer.labels is None else tokenizer.classes[tokenizer.labels[image]],
+            }
+            for image, row, column in drawn.tolist()
+        ],
+        "neighbours": [
+            {"codeword": other, "count": int(counts[other])}
+            for other in nearest_used(tokenizer.tokenizer.codebook, codeword, counts, NEIGHBOURS)
+        ],
+        **_class_values(tokenizer, codeword),
+    }
 
 
-def _outlined(patch: GalleryPatch) -> Picture:
-    """Draw a patch, outlined in its surroundings."""
-    window = to_picture(patch.window)
-    scale = len(window) / patch.window.shape[-2]
-    top, left, height, width = (round(scale * value) for value in patch.box)
-    box = torch.tensor([[left, top, left + width - 1, top + height - 1]])
-    image = torch.from_numpy(window).permute(2, 0, 1)
-    for thickness, colour in ((3, "white"), (1, "black")):
-        image = draw_bounding_boxes(image, box, colors=colour, width=thickness)
-    return to_array(image)
+def _class_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
+    """Return the classes that are evidently more frequent with a codeword, the highest lift first."""
+    by_class = tokenizer.by_class
+    if by_class is None:
+        return {"labelled": False, "classes": []}
+    rows = by_class.rows(codeword)
+    evident = np.flatnonzero(by_class.is_evidence[rows]) + rows.start
+    order = evident[np.argsort(-by_class.lift[evident], kind="stable")]
+    return {
+        "labelled": True,
+        "min_images": MIN_IMAGES,
+        "classes_seen": rows.stop - rows.start,
+        "classes": [
+            {
+                "class": tokenizer.classes[by_class.label[row]],
+                "images": int(by_class.images[row]),
+                "size": int(by_class.class_sizes[by_class.label[row]]),
+                "share": 100 * float(by_class.images[row] / by_class.images_with[codeword]),
+                "base": 100 * float(by_class.class_sizes[by_class.label[row]] / tokenizer.found.num_images),
+                "lift": float(by_class.lift[row]),
+            }
+            for row in order.tolist()
+        ],
+    }
 
 
-def painted_patches(strokes: NDArray[np.uint8], grid: tuple[int, int]) -> Tensor:
-    """Return the patches, bool (h, w), of which strokes with opacity (H, W) cover a fifth or more."""
-    cover = F.adaptive_avg_pool2d((torch.from_numpy(strokes.copy()).float() > 0).float()[None, None], grid)
-    return cover[0, 0] >= 0.2
+def codeword_list(tokenizer: IndexedTokenizer, sort: str, page: int) -> Json:
+    """Return one page of all codewords, sorted by one of `SORTS`, the largest value first; `page` counts from 1.
+
+    Purity and place need `MIN_PATCHES` patches, and lift needs evidence; codewords without a value follow by use.
+    """
+    counts = tokenizer.counts
+    is_frequent = counts >= MIN_PATCHES
+    place, most = tokenizer.places
+    bound = np.where(is_frequent, 100 * most / np.maximum(counts, 1), 0.0)
+    label, value = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts))
+    if sort == "place":
+        value = bound
+    elif sort == "purity" and tokenizer.by_class is not None:
+        label, purity = tokenizer.by_class.purity(counts)
+        value = np.where(is_frequent, purity, 0.0)
+    elif sort == "lift" and tokenizer.by_class is not None:
+        label, value = tokenizer.by_class.best_lift()
+    numbers = np.arange(len(counts))
+    order = numbers if sort == "number" else np.lexsort((numbers, -counts, -value))
+    pages = -(-len(order) // PAGE)
+    page = min(max(page, 1), pages)
+    shown = order[(page - 1) * PAGE : page * PAGE]
+    columns = tokenizer.found.grid[1]
+    return {
+        "sort": sort,
+        "page": page,
+        "pages": pages,
+        "total": len(counts),
+        "used": int((counts > 0).sum()),
+        "min_patches": MIN_PATCHES,
+        "codewords": [
+            {
+                "codeword": code,
+                "count": int(counts[code]),
+                "value": round(float(value[code]), 1) or None,
+                "class": tokenizer.classes[label[code]] if sort in ("lift", "purity") and value[code] else "",
+                "place": [int(part) for part in divmod(int(place[code]), columns)],
+            }
+            for code in shown.tolist()
+        ],
+    }
 
 
-@torch.inference_mode()
-def predict(run: MaskedRun, image: Tensor, mask: Tensor) -> tuple[Picture, Picture, float]:
+def tiles(tokenizer: IndexedTokenizer, codewords: list[int]) -> Tensor:
+    """Return a decoded patch of each codeword beside an example, uint8 (n, 3, f, 2 f).
+
+    The decoded patch is the centre of 3 x 3 tokens of the codeword alone.
+    """
+    decoded = to_picture(decode_all(tokenizer.tokenizer, torch.tensor(codewords)[:, None, None].expand(-1, 3, 3)))
+    f = decoded.shape[-1] // 3
+    return torch.cat([decoded[..., f : 2 * f, f : 2 * f], tokenizer.examples[codewords]], dim=3)
+
+
+# -------------------------------------------------------------------------------------------------- masked prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The prediction of M masked patches."""
+
+    picture: Tensor
+    """The image, with the decoded prediction in the masked patches."""
+    codes: Tensor
+    """The true codes of all patches, int64 (h, w)."""
+    top: Tensor
+    """The most probable codes, int64 (M, TOP), row after row."""
+    probabilities: Tensor
+    """float (M, TOP)."""
+
+
+def predict(run: MaskedRun, image: Tensor, mask: Tensor) -> Prediction:
     """Predict the masked patches of an image.
 
     Args:
         run: the pre-trained ViT.
-        image: uint8 (3, H, W).
+        image: uint8 (3, S, S).
         mask: bool (h, w), True = masked.
+    """
+    x, device = to_float(image)[None], run.mean.device
+    with evaluation_mode(run):
+        codes = run.encode(x.to(device))
+        ranked = run(x.to(device), mask[None].to(device)).float().softmax(1).topk(min(TOP, len(run.codebook)), dim=1)
+        guess = codes.clone()
+        guess[mask[None].to(device)] = ranked.indices[:, 0]
+        decoded = decode_all(run, guess.cpu())
+    pasted = F.interpolate(decoded, image.shape[1:], mode="bilinear", antialias=True)
+    is_hidden = F.interpolate(mask[None, None].float(), image.shape[1:], mode="nearest") > 0.5
+    picture = to_picture(torch.where(is_hidden, pasted, x)[0])
+    return Prediction(picture, codes.cpu()[0].clone(), ranked.indices.cpu().clone(), ranked.values.cpu().clone())
+
+
+def prediction_values(prediction: Prediction, mask: Tensor) -> Json:
+    """Return the true code and the most probable ones of each masked patch, and how many of them are right."""
+    truth = prediction.codes[mask]
+    right = (prediction.top == truth[:, None]).cumsum(1)
+    return {
+        "masked": len(truth),
+        "right": int(right[:, 0].sum()),
+        "right_of_top": int(right[:, -1].sum()),
+        "tokens": [
+            {"row": row, "column": column, "code": code, "top": [[*pair] for pair in zip(codes, values, strict=True)]}
+            for (row, column), code, codes, values in zip(
+                mask.nonzero().tolist(),
+                truth.tolist(),
+                prediction.top.tolist(),
+                prediction.probabilities.tolist(),
+                strict=True,
+            )
+        ],
+    }
+
+
+def chance_values(tokenizer: IndexedTokenizer, codes: Tensor, mask: Tensor, without: int | None) -> Json:
+    """Return how many percent of the masked codes would be right by chance.
+
+    Args:
+        tokenizer: the tokenizer with the codes of the source.
+        codes: the image's codes, int64 (h, w).
+        mask: bool (h, w), True = masked.
+        without: number of the image in the source, whose own codes do not count; None for another image.
 
     Returns:
-        the masked image, the predicted image, and the percentage of masked codes predicted correctly.
+        `uniform`: one of K codewords at random; `place`: always the most frequent codeword of the place, or None where
+        the codes of the source have another grid.
     """
-    x = to_float(center_crop(image, run.image_size))[None]
-    codes, accuracy = predict_masked(run, run, x, mask[None])
-    return to_picture(hide(x, mask[None])[0]), to_picture(decode_all(run, codes)[0]), accuracy
-
-
-def position_picture(positions: NDArray[np.int64]) -> Picture:
-    """Draw the number of patches at each position, (h, w): white for the most frequent position, black for none."""
-    return to_picture(torch.from_numpy(position_shares(positions)).expand(3, -1, -1))
-
-
-def to_picture(image: Tensor) -> Picture:
-    """Convert a float image (3, H, W) in [0, 1] to a picture, enlarged by an integer factor to about SIDE pixels."""
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    factor = max(SIDE // max(pixels.shape[-2:]), 1)
-    return to_array(pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
-
-
-def to_array(image: Tensor) -> Picture:
-    """Convert an image uint8 (3, H, W) to an array (H, W, 3)."""
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-
-
-def thumbnails(source: ImageSource, count: int = 24) -> dict[int, Picture]:
-    """Return small pictures of the first `count` readable images of a fixed permutation, by the index of the image."""
-    pictures: dict[int, Picture] = {}
-    for position in range(len(source)):
-        image = fixed_permutation(position, len(source))
-        try:
-            pictures[image] = to_array(center_crop(source.read(image), 96))
-        except BadImage:
-            continue
-        if len(pictures) == count:
-            break
-    return pictures
+    others = tokenizer.codes if without is None else tokenizer.codes[tokenizer.rows != without]
+    is_comparable = len(others) > 0 and others.shape[1:] == codes.shape
+    place = commonest_code_accuracy(torch.from_numpy(others), codes[None], mask[None]) if is_comparable else None
+    return {"uniform": 100 / len(tokenizer.counts), "place": place}

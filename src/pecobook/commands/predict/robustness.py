@@ -17,8 +17,8 @@ from pecobook.data.stream import central_crops
 from pecobook.engine.log import Progress
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError
-from pecobook.models.export import read_export
-from pecobook.models.weights import exported_network
+from pecobook.models.export import read_settings
+from pecobook.models.weights import Classifier
 from pecobook.settings.predict import AttackConfig, PredictConfig
 from pecobook.utils.devices import device
 from pecobook.utils.files import write_json
@@ -37,18 +37,16 @@ class AttackedClassifier:
     """
 
     def __init__(self, config: PredictConfig, classes: tuple[str, ...]) -> None:
-        settings, state = read_export(config.run)
-        if settings.get("kind") != "classifier":
-            raise ConfigError(f"--attack.names needs a finetune run: '{config.run}' is a {settings.get('kind')}.")
-        columns = class_indices(settings["classes"], classes, f"'{config.run}'", config.images)
+        kind = read_settings(config.run).get("kind")
+        if kind != "classifier":
+            raise ConfigError(f"--attack.names needs a finetune run: '{config.run}' is a {kind}.")
+        self.model = Classifier.from_pretrained(config.run).to(device()).requires_grad_(False)
+        columns = class_indices(self.model.classes, classes, f"'{config.run}'", config.images)
         self.columns = torch.tensor(columns, device=device())
-        self.network = exported_network(settings, state, config.run).to(device()).requires_grad_(False)
-        self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
-        self.size, self.share = int(settings["image_size"]), float(settings.get("crop") or 1.0)
 
     def logits(self, images: Tensor) -> Tensor:
         """Map float images (B, 3, S, S) in [0, 1] to logits (B, C) of the classes of the data."""
-        return self.network((images - self.mean) / self.std)[:, self.columns]  # type: ignore[no-any-return]
+        return self.model(images)[:, self.columns]  # type: ignore[no-any-return]
 
     def hits(self, images: Tensor, labels: Tensor, settings: AttackConfig) -> dict[str, Tensor]:
         """Return which images uint8 (B, 3, S, S) are classified rightly, bool (B,), by attack; `clean` is without."""
@@ -77,7 +75,8 @@ def measure(config: PredictConfig, classifier: AttackedClassifier, splits: Split
     total = min(settings.max_images, len(source))
     progress = Progress(total=total, start=0, name="attack", quiet=False)
     parts: dict[str, list[Tensor]] = {name: [] for name in ("clean", *settings.names)}
-    crops = central_crops(source, classifier.size, limit=total, batch_size=_BATCH, share=classifier.share)
+    side, share = int(classifier.model.image_size or 0), classifier.model.crop
+    crops = central_crops(source, side, limit=total, batch_size=_BATCH, share=share)
     for done, batch in crops:
         if "image" in batch:
             for name, correct in classifier.hits(batch["image"], batch["label"], settings).items():

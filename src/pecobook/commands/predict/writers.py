@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,10 @@ from pecobook.data.views import center_crop, central_view, shortest_side
 from pecobook.errors import first_line
 from pecobook.models.dense.detector import Detections, Detector
 from pecobook.models.dense.segmenter import Segmenter
-from pecobook.models.export import read_export
-from pecobook.models.weights import exported_network
+from pecobook.models.weights import Classifier
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.devices import device
 from pecobook.utils.files import write_atomically
-from pecobook.utils.images import to_float
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,21 +44,18 @@ class ClassifierWriter:
     """Writes predictions.csv: a row per image with the five best classes and their probabilities."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        settings, state = read_export(config.run)
         self.out, self.pictures = out, config.pictures
-        self.classes: list[str] = settings["classes"]
-        self.network = exported_network(settings, state, config.run).to(device())
-        self.size, self.crop = settings["image_size"], settings.get("crop") or 1.0
-        self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
-        view = partial(central_view, size=self.size, share=self.crop)
+        self.model = Classifier.from_pretrained(config.run).to(device())
+        self.square: dict[str, Any] = {"size": self.model.image_size, "share": self.model.crop}
+        view = partial(central_view, **self.square)
         self.shortest = 0 if self.pictures else shortest_side(view)  # as the evaluation of the training reads it
         self.num_images = 0
-        self.num_best = min(_NUM_BEST, len(self.classes))
+        self.num_best = min(_NUM_BEST, len(self.model.classes))
         self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, central square of the image
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Put the central square of an image into the batch; a full batch is classified and written."""
-        self.waiting.append((name, file, image, center_crop(image, self.size, share=self.crop)))
+        self.waiting.append((name, file, image, center_crop(image, **self.square)))
         num_bytes = sum(waiting.numel() for _, _, waiting, _ in self.waiting)
         if len(self.waiting) == _BATCH or num_bytes > _MAX_BYTES:
             self._classify()
@@ -68,12 +63,12 @@ class ClassifierWriter:
     @torch.inference_mode()
     def _classify(self) -> None:
         batch, self.waiting = self.waiting, []
-        squares = to_float(torch.stack([square for *_, square in batch]).to(device()))
-        best = self.network((squares - self.mean) / self.std).float().softmax(1).topk(self.num_best)
+        squares = torch.stack([square for *_, square in batch]).to(device())
+        best = self.model(squares).float().softmax(1).topk(self.num_best)
         for (name, file, image, _), indices, values in zip(
             batch, best.indices.tolist(), best.values.tolist(), strict=True
         ):
-            pairs = [(self.classes[index], f"{value:.5f}") for index, value in zip(indices, values, strict=True)]
+            pairs = [(self.model.classes[index], f"{value:.5f}") for index, value in zip(indices, values, strict=True)]
             self._write([name, *(text for pair in pairs for text in pair)])
             if self.pictures:
                 caption = f"{pairs[0][0]}  {100 * values[0]:.0f}%"

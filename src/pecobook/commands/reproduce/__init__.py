@@ -28,7 +28,7 @@ from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
-from pecobook.errors import ConfigError, PecobookError, Preflight
+from pecobook.errors import ConfigError, PecobookError, Preflight, some_of
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace, to_dict
@@ -68,7 +68,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
         outcome.check(out)
         missing = [name for name, job in plan.jobs.items() if not job.finished]
         if missing:
-            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            names = some_of(missing, 5)
             raise PecobookError(f"The tables leave out {len(missing)} runs that are not finished: {names}.")
     return out / "tables.md"
 

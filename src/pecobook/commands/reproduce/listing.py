@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pecobook.commands.cost import Cost
 from pecobook.commands.jobs import Job
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.dry_run import size_text
+from pecobook.models.cost import Cost
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flag_words
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pecobook.commands.cost import Cost, job_cost
 from pecobook.commands.duel_arms import DUEL, TUNING, parse_run, run_name
 from pecobook.commands.jobs import Job
 from pecobook.commands.paper_tables import ATTACKED, EPOCHS, Arm, PaperTable
@@ -16,6 +15,7 @@ from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbo
 from pecobook.commands.reproduce.duel import Duel
 from pecobook.commands.reproduce.transfers import dense_data, kinds_of
 from pecobook.data.source import Splits
+from pecobook.models.cost import Cost, job_cost
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps

@@ -42,7 +42,7 @@ class FeaturePyramid(nn.Module):
     """A backbone and the layers that scale its feature maps.
 
     Args:
-        backbone: a timm network without a head, loaded with `any_size` (see `load_pyramid`).
+        backbone: a timm network without a head, loaded with `any_size` (see `build_pyramid`).
         image_size: typical side of the input images, pixels; larger images and other shapes are also possible.
         config: attention windows, gradient checkpointing, and whether the backbone is frozen.
 
@@ -147,6 +147,8 @@ class _TransformerBody(nn.Module):
     """Returns the outputs of four blocks of a ViT as maps (B, D, h, w), for images of any size."""
 
     def __init__(self, network: nn.Module, image_size: int, config: PyramidConfig) -> None:
+        from timm.models.beit import Beit
+
         super().__init__()
         object.__setattr__(self, "network", network)  # not as a submodule: the pyramid registers the network
         vit: Any = network
@@ -173,7 +175,7 @@ class _TransformerBody(nn.Module):
                 block.attn.register_forward_pre_hook(self._split_into_windows)
                 block.attn.register_forward_hook(self._merge_windows)
         self.relative = None
-        if _is_beit(network):
+        if isinstance(network, Beit):
             options: Any = {"windowed": self.windowed, "window": config.window, "native_grid": self.native_grid}
             self.relative = RelativePositions(vit, **options, side=image_size // patch)
         if config.window and getattr(vit, "rope", None) is not None:
@@ -252,48 +254,10 @@ def from_windows(x: Tensor, grid: tuple[int, int], window: int, num_prefix: int)
     return torch.cat([prefix, patches.reshape(B, h * w, D)], 1)
 
 
-def _is_beit(network: nn.Module) -> bool:
-    from timm.models.beit import Beit
-
-    return isinstance(network, Beit)
-
-
 # ------------------------------------------------------------------------------------------------ loading and exporting
 
 
 _REMEDY = "Choose another network, such as a ViT, BEiT, ResNet, ConvNeXt or Swin."
-
-
-def load_pyramid(
-    spec: str,
-    *,
-    weights: str,
-    image_size: int,
-    config: PyramidConfig,
-    drop_path: float,
-    mean: tuple[float, ...] = (),
-    std: tuple[float, ...] = (),
-) -> tuple[FeaturePyramid, Backbone]:
-    """Load a backbone and build a pyramid on it.
-
-    Args:
-        spec: `timm:NAME` or a run of pecobook (contrast, pretrain or finetune).
-        weights: a local file, `random`, or empty for the backbone's pre-trained weights.
-        image_size: typical side of the input images, pixels.
-        config: attention windows, gradient checkpointing, and whether the backbone is frozen.
-        drop_path: rate of stochastic depth.
-        mean: mean of the input's normalisation; empty takes that of the weights.
-        std: standard deviation of the input's normalisation; empty takes that of the weights.
-
-    Returns:
-        the pyramid in training mode, and the backbone with its name, arguments and expected input.
-
-    Raises:
-        WeightsError: the name is unknown, the weights do not fit, or the network cannot form a pyramid.
-    """
-    options: dict[str, Any] = {"drop_path": drop_path, "any_size": True, "mean": mean, "std": std}
-    backbone = load_backbone(spec, weights=weights or None, **options)
-    return _pyramid_on(backbone, spec, image_size, config), backbone
 
 
 def _pyramid_on(backbone: Backbone, spec: str, image_size: int, config: PyramidConfig) -> FeaturePyramid:
@@ -314,9 +278,14 @@ def _pyramid_on(backbone: Backbone, spec: str, image_size: int, config: PyramidC
 
 
 def build_pyramid(config: SegmentConfig | DetectConfig) -> tuple[FeaturePyramid, Backbone]:
-    """Build the pyramid of a stage; that of `--init` has random weights here (`initial.start_dense` loads them).
+    """Load a backbone and build a pyramid on it; that of `--init` has random weights here, which `start_dense` loads.
 
-    Raises ConfigError if --backbone is missing, and WeightsError as `load_pyramid`.
+    Returns:
+        the pyramid in training mode, and the backbone with its name, arguments and expected input.
+
+    Raises:
+        ConfigError: --backbone is missing.
+        WeightsError: the name is unknown, the weights do not fit, or the network cannot form a pyramid.
     """
     if config.init:
         kind, command = ("segmenter", "segment") if isinstance(config, SegmentConfig) else ("detector", "detect")
@@ -328,18 +297,12 @@ def build_pyramid(config: SegmentConfig | DetectConfig) -> tuple[FeaturePyramid,
         found = Normalisation(tuple(settings["mean"]), tuple(settings["std"]), "as the run was trained")
         found = overridden(found, config.mean, config.std)
         backbone = Backbone(network, name, args, found.mean, found.std, None, notes=(found.line(config.init),))
-        return _pyramid_on(backbone, config.init, config.image_size, config.pyramid), backbone
-    if not config.backbone:
+    elif config.backbone:
+        options: dict[str, Any] = {"drop_path": config.drop_path, "mean": config.mean, "std": config.std}
+        backbone = load_backbone(config.backbone, weights=config.weights or None, any_size=True, **options)
+    else:
         raise ConfigError("--backbone is missing: give a pretrain, contrast or finetune run, or timm:NAME.")
-    return load_pyramid(
-        config.backbone,
-        weights=config.weights,
-        image_size=config.image_size,
-        config=config.pyramid,
-        drop_path=config.drop_path,
-        mean=config.mean,
-        std=config.std,
-    )
+    return _pyramid_on(backbone, config.init or config.backbone, config.image_size, config.pyramid), backbone
 
 
 def describe_pyramid(backbone: Backbone, config: PyramidConfig, image_size: int) -> dict[str, Any]:

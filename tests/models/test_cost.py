@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pecobook.commands.cost import TERAFLOPS, Cost, gflop_per_image, job_cost
+from pecobook.models.cost import TERAFLOPS, Cost, gflop_per_image, job_cost, known_flop
 from pecobook.recipes import recipe, story
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.tokenize import TokenizeConfig
-from pecobook.settings.values import replace
+from pecobook.settings.values import replace, to_dict
+from pecobook.utils.files import write_json
 
 VIT = {"perceptual.network": "timm:vit_base_patch16_224"}
 
@@ -29,6 +31,8 @@ VIT = {"perceptual.network": "timm:vit_base_patch16_224"}
         ("codebook", "paper-resnet50", {"perceptual.network": "timm:resnet50"}),
         ("codebook", "paper-vgg16", {}),
         ("codebook", "imagenette-224", {"perceptual.network": "none"}),
+        ("codebook", "vqkd", {}),
+        ("codebook", "modern-dinov3", {}),
         ("pretrain", "paper", {"tokens": "bank"}),
         ("pretrain", "paper-vit-l", {"tokens": "bank"}),
         ("finetune", "paper", {"backbone": "timm:vit_base_patch16_224"}),
@@ -40,6 +44,20 @@ def test_gflop_per_image__is_that_of_the_recipe(command: str, name: str, changes
     match = re.search(r"Cost: ([\d.]+) GFLOP for an image", story(command, name))
     assert match is not None
     assert gflop_per_image(command, replace(recipe(command, name), changes)) == pytest.approx(float(match[1]), rel=0.03)
+
+
+def test_known_flop__of_a_training_with_the_tokenizer_of_a_run(tmp_path: Path) -> None:
+    run = replace(recipe("codebook", "tiny"), {"perceptual.network": "none"})
+    write_json(tmp_path / "config.json", to_dict(run))
+    config = replace(recipe("pretrain", "tiny"), {"tokenizer": str(tmp_path)})
+    alone = known_flop("pretrain", replace(config, {"tokens": "bank"}))
+    autoencoder = known_flop("codebook", run)
+    both = known_flop("pretrain", config)
+    assert alone is not None
+    assert autoencoder is not None
+    assert both is not None
+    assert alone < both < alone + autoencoder / 3  # the encoder alone, forward
+    assert known_flop("pretrain", replace(config, {"tokenizer": "taming:no-such-file"})) is None
 
 
 def test_job_cost__of_a_bank_and_of_pre_training_from_it() -> None:

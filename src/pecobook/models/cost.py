@@ -32,7 +32,7 @@ from pecobook.settings.pretrain import DecoderConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import to_dict
+from pecobook.settings.values import replace, to_dict
 from pecobook.utils.json_files import read_if_valid
 
 TERAFLOPS = {
@@ -57,6 +57,8 @@ _FULL_SPEED = 112
 
 _CLASSES = 100
 """Classes of a segmenter or a detector, which the settings do not hold; their layers are small."""
+_FEATURES = 768
+"""Channels of a target of features, which only the last layer of the decoder depends on."""
 
 _UNKNOWN = (PecobookError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
 """What is raised where a network does not exist, or cannot be built or run without weights."""
@@ -114,13 +116,21 @@ def gflop_per_image(command: str, config: Any, others: Mapping[str, Any] | None 
     return _PER_IMAGE[command](config, others or {}) / 1e9
 
 
+def known_flop(command: str, config: Any) -> float | None:
+    """Return the operations for each image of a training; None where a network is not known."""
+    try:
+        return _PER_IMAGE[command](config, {})
+    except _UNKNOWN:
+        return None
+
+
 # --------------------------------------------------------------------------------------------------- passes of an image
 
 
 @functools.cache
 def _count(build: Callable[..., nn.Module], size: int, channels: int, *arguments: Any) -> _Pass:
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-        module = build(*arguments).eval()
+        module = build(*arguments).eval().requires_grad_(False)  # the counter fails on some weights that take gradients
         with FlopCounterMode(display=False) as counter:
             module(torch.empty(1, channels, size, size))
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -159,17 +169,17 @@ def _backbone(source: str, others: Mapping[str, Any]) -> tuple[str, str]:
     return model["name"].removeprefix("timm:"), model["args"]
 
 
-def _part(model: AutoencoderConfig, number: int) -> nn.Module:
-    return build_autoencoder(model)[number]
+def _part(model: AutoencoderConfig, number: int, features: int) -> nn.Module:
+    return build_autoencoder(model, features)[number]
 
 
 def _encoder(model: AutoencoderConfig, size: int) -> _Pass:
-    return _count(_part, size, model.in_channels, model, 0)
+    return _count(_part, size, model.in_channels, model, 0, 0)
 
 
-def _autoencoder(model: AutoencoderConfig, size: int) -> _Pass:
+def _autoencoder(model: AutoencoderConfig, size: int, features: int = 0) -> _Pass:
     encoder, grid = _encoder(model, size), size // model.stride
-    decoder = _count(_part, grid, model.latent_dim, model, 1)
+    decoder = _count(_part, grid, model.latent_dim, model, 1, features)
     return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters)
 
 
@@ -177,7 +187,15 @@ def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
     """Return the operations with which a tokenizer encodes an image. Raises LookupError for an unknown tokenizer."""
     if source.startswith("dalle:"):
         return _count(_Logits, size, 3).flop
-    return _encoder(others[source].model, size).flop
+    return _encoder(_autoencoder_of(source, others), size).flop
+
+
+def _autoencoder_of(source: str, others: Mapping[str, Any]) -> AutoencoderConfig:
+    """Return the settings of the autoencoder of a codebook run. Raises LookupError for another tokenizer."""
+    if source in others:
+        model: AutoencoderConfig = others[source].model
+        return model
+    return replace(AutoencoderConfig(), (read_if_valid(Path(source) / "config.json") or {})["model"])
 
 
 class _Logits(DalleTokenizer):
@@ -192,11 +210,28 @@ def _contrast(config: Any, _others: Mapping[str, Any]) -> float:
 
 
 def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
-    flop, perceptual = 3 * _autoencoder(config.model, config.image_size).flop, config.perceptual
+    perceptual = config.perceptual
+    if config.target_features:  # the target forward; its number of channels hardly counts
+        size = _read_size(config.target_features, config.target.input_size, config.image_size)
+        teacher = _network(config.target_features, size, others).flop
+        return 3 * _autoencoder(config.model, config.image_size, features=_FEATURES).flop + teacher
+    flop = 3 * _autoencoder(config.model, config.image_size).flop
     if perceptual.network != "none" and perceptual.weight:
-        # The image forward; the reconstruction forward, and back to its pixels.
-        flop += 3 * _network(perceptual.network, perceptual.input_size or config.image_size, others).flop
+        for network, _ in perceptual.networks():  # the image forward; the reconstruction forward, back to its pixels
+            size = _read_size(network.network, network.input_size, config.image_size)
+            flop += 3 * _network(network.network, size, others).flop
     return flop
+
+
+def _read_size(source: str, input_size: int, image_size: int) -> int:
+    """Return the side of the images that a perceptual network reads: timm's transformers have a size of their own."""
+    import timm
+
+    name = source.removeprefix("timm:")
+    if input_size or name == source or not network_traits(name).takes_size:
+        return input_size or image_size
+    settings = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return int(settings.input_size[-1]) if settings is not None else image_size
 
 
 class _VisibleOnly(nn.Module):

@@ -1,0 +1,217 @@
+"""The atlas of a codebook: one patch of each codeword in use, on a grid on which similar codewords are neighbours.
+
+`make_atlas` computes it, `atlas_picture` draws it as a PNG, and `sprite` and `as_json` are what a page needs to show it
+with a zoom and in the colours of use, place, colour and class.
+
+Shapes: N images, codes int64 (N, h, w) with values in [0, K), M codewords in use, C classes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pecobook.analysis.codebook_map import grid_cells, project_to_plane
+from pecobook.analysis.codewords import ClassShare, class_shares, codes_of_images
+from pecobook.analysis.reconstruction import float_parts
+
+_SIDE, _TILES = 1536, (16, 48)
+"""Width of a sprite in pixels, and smallest and largest side to which large patches are reduced: the patches of 8,192
+codewords are reduced to 16 pixels."""
+_DETAIL = 4
+"""A patch is compared with the mean patch of its codeword at 4 x 4 colours."""
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """The codewords in use, ordered by their cells: row by row, from the left."""
+
+    num_codewords: int
+    """K, with the codewords that are not used."""
+    columns: int
+    """Width of the grid in cells; codeword m is in row m // columns and column m % columns."""
+    codewords: NDArray[np.int64]
+    """(M,)"""
+    tiles: NDArray[np.uint8] = field(repr=False)
+    """The patch of each codeword, (M, t, t, 3)."""
+    counts: NDArray[np.int64] = field(repr=False)
+    """Number of patches of each codeword, (M,)."""
+    images: NDArray[np.int64] = field(repr=False)
+    """Number of images with each codeword, (M,)."""
+    colours: NDArray[np.uint8] = field(repr=False)
+    """Mean colour of each codeword's patches, (M, 3)."""
+    positions: NDArray[np.int64] = field(repr=False)
+    """Number of patches of each codeword at each position of the code grid, (M, h, w)."""
+    classes: tuple[ClassShare | None, ...] = field(repr=False)
+    """The most telling class of each codeword; None without labels."""
+
+    @property
+    def rows(self) -> int:
+        """Height of the grid in cells."""
+        return -(-len(self.codewords) // self.columns)
+
+    def codeword_at(self, row: int, column: int) -> int | None:
+        """Return the codeword of a cell, or None for an empty cell or a place outside the grid."""
+        cell = row * self.columns + column
+        inside = row >= 0 and 0 <= column < self.columns and cell < len(self.codewords)
+        return int(self.codewords[cell]) if inside else None
+
+
+def make_atlas(
+    images: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    *,
+    labels: Tensor | None = None,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+) -> Atlas:
+    """Arrange the codewords in use by the similarity of their vectors, and choose a patch for each.
+
+    The patch of a codeword is the one nearest to the mean of all its patches, so it is typical and not drawn at random.
+
+    Args:
+        images: float (N, 3, H, W) in [0, 1], or uint8.
+        codes: their codes, int64 (N, h, w).
+        codebook: float (K, D).
+        labels: int64 (N,), or None.
+        classes: names of the labels.
+        seed: seed of the arrangement. Equal arguments give equal atlases.
+    """
+    K, (h, w) = len(codebook), codes.shape[1:]
+    positions = torch.bincount(torch.arange(h * w).repeat(len(codes)) * K + codes.flatten(), minlength=h * w * K)
+    positions = positions.reshape(h * w, K).T.reshape(K, h, w)
+    used = positions.sum((1, 2)).nonzero()[:, 0]
+    typical, colours = _typical_patches(images, codes, K)
+    plane = project_to_plane(codebook.detach().float().cpu()[used], seed=seed)
+    cells = grid_cells(_turned(plane, colours[used].mean(1).numpy()))
+    used = used[np.lexsort((cells[:, 1], cells[:, 0]))]
+    columns = int(cells[:, 1].max()) + 1
+    tile = min(int(np.clip(_SIDE // columns, *_TILES)), -(-images.shape[-1] // w))
+    telling = class_shares(codes, labels, K, classes) if labels is not None else {}
+    num_images = np.bincount(codes_of_images(codes, K)[1], minlength=K)
+    return Atlas(
+        num_codewords=K,
+        columns=columns,
+        codewords=used.numpy(),
+        tiles=_tiles(images, typical[used], (h, w), tile),
+        counts=positions.sum((1, 2))[used].numpy(),
+        images=num_images[used.numpy()],
+        colours=(255 * colours[used]).round().to(torch.uint8).numpy(),
+        positions=positions[used].numpy(),
+        classes=tuple(telling.get(codeword) for codeword in used.tolist()),
+    )
+
+
+def _turned(plane: NDArray[np.float32], brightness: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn the plane (M, 2), whose directions mean nothing, so that bright patches are on the right of every atlas."""
+    towards = ((plane - plane.mean(0)) * (brightness - brightness.mean())[:, None]).sum(0)
+    axis = int(np.abs(towards).argmax())
+    return plane[:, [axis, 1 - axis]] * np.where(towards[axis] < 0, -1, 1)
+
+
+def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple[Tensor, Tensor]:
+    """Return the index (K,) of the patch nearest to the mean patch of each codeword, and the mean colours (K, 3).
+
+    The index counts the patches of all images, row by row; it has no meaning for an unused codeword.
+    """
+    K, (h, w) = num_codewords, codes.shape[1:]
+    size = _DETAIL * h, _DETAIL * w
+    flat = codes.flatten()
+    mean = torch.zeros(K, 3 * _DETAIL**2)
+
+    def parts() -> Any:
+        for part, part_codes in zip(float_parts(images), torch.split(codes, 64), strict=True):
+            blocks = F.interpolate(part.float().cpu(), size, mode="area").reshape(-1, 3, h, _DETAIL, w, _DETAIL)
+            patches = blocks.permute(0, 2, 4, 1, 3, 5)  # (n, h, w, 3, detail, detail)
+            yield patches.reshape(part_codes.numel(), -1), part_codes.flatten()
+
+    for patches, part_codes in parts():
+        mean.index_add_(0, part_codes, patches)
+    mean /= flat.bincount(minlength=K).clamp_min(1)[:, None]
+    distance = torch.cat([(patches - mean[part_codes]).square().sum(1) for patches, part_codes in parts()])
+    order = np.lexsort((distance.numpy(), flat.numpy()))  # by codeword, the nearest patch first
+    first = torch.searchsorted(flat[order], torch.arange(K)).clamp_max(len(flat) - 1)
+    return torch.from_numpy(order)[first], mean.reshape(K, 3, -1).mean(2)
+
+
+def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) -> NDArray[np.uint8]:
+    """Cut patches (M,) out of images, and reduce them to tiles, (M, t, t, 3)."""
+    (h, w), (height, width) = grid, images.shape[-2:]
+    tiles = []
+    for patch in patches.tolist():
+        image, position = divmod(patch, h * w)
+        row, column = divmod(position, w)
+        top, left = row * height // h, column * width // w
+        pixels = images[image, :, top : (row + 1) * height // h, left : (column + 1) * width // w]
+        pixels = pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+        tiles.append(np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)))
+    return np.stack(tiles)
+
+
+def sprite(atlas: Atlas) -> Image.Image:
+    """Return one picture with all tiles at their cells, without gaps, in RGB; empty cells are white."""
+    side = atlas.tiles.shape[1]
+    empty = atlas.rows * atlas.columns - len(atlas.tiles)
+    tiles = np.concatenate([atlas.tiles, np.full((empty, side, side, 3), 255, np.uint8)])
+    grid = tiles.reshape(atlas.rows, atlas.columns, side, side, 3).swapaxes(1, 2)
+    return Image.fromarray(np.ascontiguousarray(grid.reshape(atlas.rows * side, atlas.columns * side, 3)))
+
+
+def sprite_jpeg(atlas: Atlas) -> bytes:
+    """Encode the sprite as JPEG, a fifth of the size of a PNG."""
+    buffer = io.BytesIO()
+    sprite(atlas).save(buffer, format="JPEG", quality=88, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
+def atlas_picture(atlas: Atlas) -> bytes:
+    """Draw the atlas as a PNG of at most 2,000 pixels, with gaps between the tiles and a transparent background."""
+    side = atlas.tiles.shape[1]
+    scale = int(np.clip(1800 // (atlas.columns * side), 1, max(96 // side, 1)))
+    pitch = side * scale + max(side * scale // 16, 1)
+    pixels = np.zeros((atlas.rows * pitch, atlas.columns * pitch, 4), np.uint8)
+    for cell, tile in enumerate(atlas.tiles):
+        top, left = (place * pitch for place in divmod(cell, atlas.columns))
+        pixels[top : top + side * scale, left : left + side * scale, :3] = tile.repeat(scale, 0).repeat(scale, 1)
+        pixels[top : top + side * scale, left : left + side * scale, 3] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def as_json(atlas: Atlas) -> dict[str, Any]:
+    """Return what a page shows beside the sprite, as lists with one entry a codeword; the names of the keys are short.
+
+    `place` is the mean row and column of the patches in percent of the image, and `bound` the percentage of patches at
+    the most frequent position. `class` is an index of `classes`, the shares of the class in the codeword's images and
+    in all images in percent, and its lift; empty without labels.
+    """
+    h, w = atlas.positions.shape[1:]
+    counts = np.maximum(atlas.counts, 1)
+    row = (atlas.positions.sum(2) @ (np.arange(h) + 0.5)) / counts / h
+    column = (atlas.positions.sum(1) @ (np.arange(w) + 0.5)) / counts / w
+    names = sorted({share.name for share in atlas.classes if share is not None})
+    number = {name: index for index, name in enumerate(names)}
+    shares = [(number[s.name], round(s.share), round(s.base, 1), round(s.lift, 1)) if s else () for s in atlas.classes]
+    return {
+        "columns": atlas.columns,
+        "codeword": atlas.codewords.tolist(),
+        "count": atlas.counts.tolist(),
+        "images": atlas.images.tolist(),
+        "colour": [f"{r:02x}{g:02x}{b:02x}" for r, g, b in atlas.colours.tolist()],
+        "place": np.stack([100 * row, 100 * column], 1).round().astype(int).tolist(),
+        "bound": (100 * atlas.positions.max((1, 2)) / counts).round().astype(int).tolist(),
+        "class": shares,
+        "classes": names,
+    }

@@ -1,0 +1,46 @@
+"""The residual stream of a transformer in bf16.
+
+Under autocast the products of a block are in bf16, but what a token carries from block to block is in fp32: the class
+token and the position table, which are fp32 weights, promote the patches, and LayerScale promotes what a block adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecobook.errors import WeightsError
+
+
+def keep_residuals_low(blocks: Iterable[nn.Module] | None, name: str) -> None:
+    """Let transformer blocks of timm take, add and return tokens in bf16 wherever autocast is on.
+
+    Args:
+        blocks: the blocks of a network; None where it has none.
+        name: name of the network, for the message.
+
+    Raises:
+        WeightsError: the network is not a row of blocks that each add the output of attention and of an MLP.
+    """
+    blocks = list(blocks or ())
+    if not blocks or not all(hasattr(block, "drop_path1") and hasattr(block, "drop_path2") for block in blocks):
+        raise WeightsError(f"--residual bf16 is for ViTs and BEiTs; '{name}' has other blocks: leave it out.")
+    for block in blocks:
+        block.register_forward_pre_hook(_cast_input)
+        for branch in (block.drop_path1, block.drop_path2):  # the last module of what a block adds
+            branch.register_forward_hook(_cast_output)  # type: ignore[union-attr]
+
+
+def _cast(tokens: Tensor) -> Tensor:
+    return tokens.to(torch.bfloat16) if torch.is_autocast_enabled(tokens.device.type) else tokens
+
+
+def _cast_input(_block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (_cast(inputs[0]), *inputs[1:])
+
+
+def _cast_output(_branch: nn.Module, _inputs: Any, added: Tensor) -> Tensor:
+    return _cast(added)
