@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.runs import losses, objects, shapes, train
 
@@ -52,6 +53,8 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 # codebook may choose the other of two near codewords. Later steps differ by up to 1e-2 between processors, the first
 # steps by 3e-5.
 SHARP = {"contrast": 4, "codebook_perceptual": 5}
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):  # whose truncated normal draws other first weights
+    SHARP |= dict.fromkeys(("pretrain", "finetune", "segment", "detect"), 0)
 
 
 @pytest.mark.parametrize("name", list(STAGES))

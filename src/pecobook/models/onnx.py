@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,8 @@ from pecobook.settings.images import AUTO
 from pecobook.settings.segment import SegmentTestConfig
 from pecobook.utils.extras import require
 from pecobook.utils.files import write_atomically, write_json
+
+_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 class _Method(nn.Module):
@@ -182,11 +184,16 @@ def write_onnx(
         PecobookError: the packages that write ONNX are not installed.
     """
     require_onnx()
-    # Exported here, since some versions of torch.onnx.export trace bytecode first, and crash on a codebook's search.
+    model: tuple[Any, ...] = module.eval(), (example,)
+    more: dict[str, Any] = {"dynamic_shapes": (shape,)}
     with _helped_exporter():
-        exported = torch.export.export(module.eval(), (example,), dynamic_shapes=(shape,), strict=False)
+        if _VERSION < (2, 11):  # torch.onnx.export would trace bytecode first, and crash on a codebook's search
+            from torch._dynamo.exc import UserError  # a second of imports
+
+            with suppress(UserError):  # where a network asks for the size of the batch; it then tries its other ways
+                model, more = (torch.export.export(*model, **more, strict=False),), {}
         names: dict[str, Any] = {"input_names": [input_name], "output_names": [output_name]}
-        program = torch.onnx.export(exported, dynamo=True, verbose=False, **names)
+        program = torch.onnx.export(*model, dynamo=True, verbose=False, **names, **more)
     assert program is not None
     for name, value in metadata.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -196,7 +203,7 @@ def write_onnx(
 @contextmanager
 def _helped_exporter() -> Iterator[None]:
     """In this context the exporter of PyTorch 2.6 translates BatchNorm, and prints no guard that it leaves out."""
-    if hasattr(torch.compiler, "is_exporting"):
+    if _VERSION > (2, 6):
         yield
         return
     guards = logging.getLogger("torch.fx.experimental.symbolic_shapes")
