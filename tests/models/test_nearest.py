@@ -218,6 +218,6 @@ def test_nearest_codeword__exports_for_any_number_of_vectors() -> None:
 
     number = torch.export.Dim("number", min=2)
     example = (vectors(5, 4, 0), vectors(30, 4, 1))
-    exported = torch.export.export(Search(), example, dynamic_shapes=({0: number}, None))
+    exported = torch.export.export(Search(), example, dynamic_shapes=({0: number}, None), strict=False)
     z = vectors(77, 4, 3)
     assert torch.equal(exported.module()(z, example[1]), oracle(z, example[1]))

@@ -192,8 +192,8 @@ def write_onnx(
 
             with suppress(UserError):  # where a network asks for the size of the batch; it then tries its other ways
                 model, more = (torch.export.export(*model, **more, strict=False),), {}
-        names: dict[str, Any] = {"input_names": [input_name], "output_names": [output_name]}
-        program = torch.onnx.export(*model, dynamo=True, verbose=False, **names, **more)
+        more |= {"input_names": [input_name], "output_names": [output_name], "dynamo": True, "verbose": False}
+        program = torch.onnx.export(*model, **more)
     assert program is not None
     for name, value in metadata.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
