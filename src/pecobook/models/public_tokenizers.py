@@ -40,7 +40,7 @@ def load_public_model(layout: str, source: str) -> Any:
     except ImportError:
         text = f"Tokenizers {layout}:FILE need the package diffusers: pip install 'pecobook[diffusers]'."
         raise WeightsError(text) from None
-    file = _file(layout, source)
+    file = weights_file(layout, source)
     state = {name: value for name, value in read_checkpoint(str(file)).state.items() if name.startswith(_PARTS)}
     _check_layout(layout, state, file)
     names = {_in_diffusers(name, state): name for name in state}
@@ -55,7 +55,8 @@ def load_public_model(layout: str, source: str) -> Any:
     return model
 
 
-def _file(layout: str, source: str) -> Path:
+def weights_file(layout: str, source: str) -> Path:
+    """Return the file of weights, or the only one in a folder. Raises WeightsError."""
     path = Path(source).expanduser()
     if not path.is_dir():
         return path

@@ -1,4 +1,4 @@
-"""Loads any tokenizer by name and gives it a common interface: pecobook's, DALL-E's, diffusers', and public VQGANs."""
+"""Loads any tokenizer by name and gives it a common interface: pecobook's, DALL-E's, diffusers', 4M's and VQGANs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pecobook.models.tokenizer import (
 from pecobook.utils.given import given
 from pecobook.utils.images import as_images
 
-FOREIGN = ("dalle", "diffusers", *LAYOUTS)
+FOREIGN = ("dalle", "diffusers", "fourm", *LAYOUTS)
 """What stands before the colon of the name of a tokenizer of others."""
 
 
@@ -32,7 +32,7 @@ def load_tokenizer(source: str | Path) -> Any:
     Args:
         source: a codebook run, an export folder or `owner/name` on the hub; `dalle:FOLDER` for DALL-E's discrete VAE;
             `diffusers:FOLDER` or `diffusers:owner/name` for a VQModel of diffusers; `taming:FILE` or `llamagen:FILE`
-            for a public checkpoint of taming-transformers' VQGAN or of LlamaGen's VQ.
+            for a public checkpoint of taming-transformers' VQGAN or of LlamaGen's VQ, `fourm:FILE` for one of 4M.
 
     Returns:
         an nn.Module in evaluation mode with the methods `encode` (float (B, 3, H, W) in [0, 1] to int64
@@ -53,6 +53,10 @@ def load_tokenizer(source: str | Path) -> Any:
         return DalleTokenizer.from_pretrained(location)
     if kind == "diffusers":
         return DiffusersTokenizer.from_pretrained(location)
+    if kind == "fourm":
+        from pecobook.models.fourm import FourMTokenizer
+
+        return FourMTokenizer.from_pretrained(location)
     if kind in LAYOUTS:
         return DiffusersTokenizer(load_public_model(kind, location)).eval().requires_grad_(False)
     tokenizer = PerceptualTokenizer.from_pretrained(source)

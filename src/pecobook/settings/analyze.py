@@ -14,8 +14,8 @@ class AnalyzeConfig(ImagesConfig):
     """Find out what the codewords of one or more tokenizers mean, on your images."""
 
     tokenizer: str = ""
-    """A codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE or
-    llamagen:FILE."""
+    """A codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
+    llamagen:FILE or fourm:FILE."""
     against: tuple[str, ...] = ()
     """More tokenizers to compare with the first one, on the same images."""
     tokens: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ class EvaluateConfig(ImagesConfig):
 
     tokenizers: tuple[str, ...] = ()
     """Codebook runs, export folders, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
-    llamagen:FILE. On the command line they may stand first, without the flag."""
+    llamagen:FILE, fourm:FILE. On the command line they may stand first, without the flag."""
     out: str = ""
     """Folder for evaluation.json and evaluation.md. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False

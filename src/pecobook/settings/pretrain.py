@@ -50,7 +50,7 @@ class PretrainConfig(ProbedTrainConfig, ResidualConfig):
 
     tokenizer: str = ""
     """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER,
-    taming:FILE or llamagen:FILE."""
+    taming:FILE, llamagen:FILE or fourm:FILE."""
     tokens: str = ""
     """A token bank of `pecobook tokenize`, whose views are replayed. The tokenizer then does not run in training."""
     target: Literal["tokens", "pixels"] = "tokens"

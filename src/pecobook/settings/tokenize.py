@@ -21,7 +21,7 @@ class TokenizeConfig(ImagesConfig):
 
     tokenizer: str = ""
     """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER,
-    taming:FILE or llamagen:FILE."""
+    taming:FILE, llamagen:FILE or fourm:FILE."""
     out: str = ""
     """Folder of the token bank to write. It must be new or empty, unless --resume or --overwrite is given."""
     views: int = 1
