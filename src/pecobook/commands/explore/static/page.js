@@ -48,7 +48,7 @@ function render(follow = false) {
     parts.answer = undefined;
     showHole();
   } else if (codeword == null) {
-    update("answer", "", () => $("answer").replaceChildren(make("p", { className: "quiet" }, view === "image"
+    update("answer", view, () => $("answer").replaceChildren(make("p", { className: "quiet" }, view === "image"
       ? "Choose a token of the map: here appear its codeword, other patches with it, their places and classes, and the nearest codewords."
       : "Choose a codeword.")));
   } else {
