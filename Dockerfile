@@ -6,9 +6,9 @@
 FROM python:3.12-slim
 
 ARG VERSION=0.1.0
-ARG INDEX=https://pypi.org/simple
+ARG INDEX=
 
-RUN pip install --no-cache-dir --index-url "$INDEX" torch torchvision \
+RUN pip install --no-cache-dir ${INDEX:+--index-url "$INDEX"} torch torchvision \
     && pip install --no-cache-dir "pecobook[full]==$VERSION"
 
 # Files that pecobook writes belong to this user, or to the one that --user names.
