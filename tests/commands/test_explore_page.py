@@ -20,7 +20,7 @@ from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.explore import ExploreConfig
 from tests.analysis.fakes import GreyTokenizer
 from tests.browser import browser, needs_browser
-from tests.commands.test_explore import free_port
+from tests.commands.test_explore_server import free_port
 from tests.runs import codebook_run, vit_run
 
 __all__ = ["browser", "codebook_run", "vit_run"]  # the fixtures
