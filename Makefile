@@ -9,26 +9,24 @@ WORKERS ?= 2
 MINUTES  ?= 30
 CAMPAIGN ?= runs/campaign
 
-# TORCH=cpu installs PyTorch's wheels without CUDA, a tenth of the size, from the index that pytorch.org names.
-TORCH ?=
-CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Where PyTorch's wheels come from, if not from pip's own index: that of the wheels without CUDA, a tenth of the size,
+# stands in the command that pytorch.org gives for pip and CPU.
+TORCH_INDEX ?=
 # Further arguments of pip.
 PIP_ARGS ?=
 
 define INSTALLING
 Installing pecobook and what it needs into $(VENV): 3 to 4 GB of downloads
 and 6 GB of disk the first time, since PyTorch's wheels carry CUDA.
-Without a GPU, TORCH=cpu takes PyTorch's wheels without CUDA, a tenth of that: make demo TORCH=cpu
+Without a GPU, PyTorch's wheels without CUDA are a tenth of that: TORCH_INDEX, see "Installing" in README.md.
 endef
 export INSTALLING
 
 # Builds the site into build/site; a link or an anchor that leads nowhere is an error.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PIP := $(BIN)/pip install --disable-pip-version-check
-ifeq ($(TORCH),cpu)
-INSTALL_TORCH := $(PIP) $(PIP_ARGS) --index-url $(CPU_INDEX) torch torchvision
-else ifneq ($(TORCH),)
-$(error TORCH=$(TORCH): leave it out, or give TORCH=cpu)
+ifneq ($(TORCH_INDEX),)
+INSTALL_TORCH := PIP_INDEX_URL=$(TORCH_INDEX) $(PIP) $(PIP_ARGS) torch torchvision
 else
 INSTALL_TORCH := @echo "$$INSTALLING"
 endif
