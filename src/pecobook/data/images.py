@@ -14,7 +14,9 @@ are decoded only when they are read.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -140,12 +142,9 @@ def _open(source: str) -> Contents:
 
 
 def _remote_parts(source: str) -> Contents:
-    files = list_remote(source, _expand_braces)
-    if files[0].suffix == ".tar":
-        return _file_parts(source, [*files])
-    from pecobook.data.tables import parquet_contents
-
-    return parquet_contents(source, [*files])
+    files, left_out = list_remote(source, _expand_braces)
+    contents = _file_parts(source, [*files])
+    return replace(contents, left_out=dict(Counter(contents.left_out) + left_out))
 
 
 def _file_parts(source: str, files: list[Path]) -> Contents:

@@ -9,6 +9,7 @@ blocks that were not used for the longest time are removed where the folder grow
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -16,14 +17,17 @@ import random
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from pecobook.errors import ConfigError, DataError, first_line
+from pecobook.utils.printer import say
 
 T = TypeVar("T")
 
@@ -33,6 +37,8 @@ LIMIT_VARIABLE = "PECOBOOK_REMOTE_CACHE_GB"
 _LIMIT_GB = 50.0
 _SCAN_EVERY = 16
 """Blocks, or as many bytes, that a process writes until it looks at the size of the cache."""
+_ABANDONED = 3600.0
+"""Seconds after which a block that is still being written belongs to a process that was killed."""
 _USED_AGAIN = 60.0
 """Seconds after which a use of a block is noted anew."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
@@ -41,10 +47,17 @@ _TIMEOUT = 60.0
 PATIENCE = 300.0
 """Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
 _SUFFIXES = (".tar", ".parquet")
+_QUERY = re.compile(r"^(https?://|(?!\w+://)).*?\.(tar|parquet)\?")
 _URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory|file)://")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _FINAL = ("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket")
 """Parts of the names of errors for which another request is of no use."""
+_MAY_PASS = (408, 425, 429)
+"""Answers from 400 to 499 of a web server for which another request may be of use."""
+
+
+class RefusedError(DataError):
+    """A server says that a file does not exist or may not be read."""
 
 
 def is_remote(source: str | Path) -> bool:
@@ -53,11 +66,25 @@ def is_remote(source: str | Path) -> bool:
 
 
 class RemotePath(PosixPath):
-    """A path of a file on another machine: `str` gives its address."""
+    """A path of a file on another machine: `str` gives its address.
 
-    def __str__(self) -> str:
+    What stands behind the `?` of an address of a web server, such as a signature that expires, is sent with requests
+    (`url`), but is no part of the file's name or of its version.
+    """
+
+    @property
+    def url(self) -> str:
+        """The address with all that is sent to the server."""
         address = super().__str__()
         return address.replace(":/", ":///" if address.startswith("file:") else "://", 1)
+
+    @property
+    def name(self) -> str:
+        """The name of the file, without its folder."""
+        return str(self).rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return _shown(self.url)
 
     def __fspath__(self) -> str:
         return str(self)
@@ -69,20 +96,20 @@ class RemotePath(PosixPath):
 
     def is_file(self) -> bool:
         """Return whether the file exists."""
-        with contextlib.suppress(DataError):
-            return bool(_info(str(self))["type"] == "file")
+        with contextlib.suppress(RefusedError):
+            return bool(_info(self.url)["type"] == "file")
         return False
 
     def version(self) -> str:
         """Return text that changes when the file is replaced."""
-        info = _info(str(self))
+        info = _info(self.url)
         names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "generation", "blob_id")
         return f"{self} {info['size']} {[str(info[name]) for name in names if info.get(name)]}"
 
     @property
     def size(self) -> int:
         """Bytes of the file. Raises DataError where its server does not say."""
-        size = _info(str(self)).get("size")
+        size = _info(self.url).get("size")
         if size is None:
             raise DataError(
                 f"The server of '{self}' does not state the size of the file: copy the file to this machine."
@@ -98,7 +125,7 @@ class RemotePath(PosixPath):
         end = min(offset + length, self.size)
         if not keep:
             starts = range(offset, end, BLOCK)
-            return b"".join(_fetch(str(self), start, min(start + BLOCK, end)) for start in starts)
+            return b"".join(_fetch(self.url, start, min(start + BLOCK, end)) for start in starts)
         numbers = range(offset // BLOCK, -(-end // BLOCK)) if end > offset else range(0)
         return b"".join(
             _read_block(self, number, max(offset - number * BLOCK, 0), min(end - number * BLOCK, BLOCK))
@@ -180,18 +207,53 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
     while True:
         try:
             return request(system)
-        except (FileNotFoundError, IsADirectoryError):
-            raise DataError(f"'{url}' does not exist.") from None
         except DataError:
             raise
         except Exception as error:  # each library has exceptions of its own for lost connections
-            is_final = isinstance(error, PermissionError) or any(name in type(error).__name__ for name in _FINAL)
-            if is_final or time.monotonic() + pause > end:
-                reason = first_line(error) or type(error).__name__
-                remedy = " 'Files on other machines' in docs/data.md says how to give credentials." if is_final else ""
-                raise DataError(f"'{url}' cannot be read: {reason.rstrip('.')}.{remedy}") from error
+            _refuse(url, error)
+            if time.monotonic() + pause > end:
+                raise DataError(f"'{_shown(url)}' cannot be read: {_reason(error)}.") from error
             time.sleep(pause * random.uniform(0.5, 1))  # so that processes do not all come back at once
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _refuse(url: str, error: Exception) -> None:
+    """Raise RefusedError after a failure for which another request is of no use."""
+    answer = _answer(error)
+    is_absent = isinstance(error, FileNotFoundError | IsADirectoryError) and not error.__cause__
+    if answer in (404, 410) or is_absent or (isinstance(error, FileNotFoundError) and not url.startswith("http")):
+        raise RefusedError(f"'{_shown(url)}' does not exist.") from None
+    if answer == 416:
+        raise RefusedError(
+            f"'{_shown(url)}' has become shorter since it was opened: start the command again."
+        ) from None
+    is_forbidden = isinstance(error, PermissionError) or any(name in type(error).__name__ for name in _FINAL)
+    is_wrong = type(error) is ValueError or getattr(error, "errno", 0) in (errno.EINVAL, errno.EPERM)  # S3's 400, 405
+    if is_forbidden or is_wrong or (400 <= answer < 500 and answer not in _MAY_PASS):
+        remedy = " 'Files on other machines' in docs/data.md says how to give credentials."
+        if answer and "?" in url:
+            remedy = " The signature in the address may have expired: give a new address, and continue with --resume."
+        raise RefusedError(f"'{_shown(url)}' cannot be read: {_reason(error)}.{remedy}") from error
+
+
+def _answer(error: BaseException) -> int:
+    """Return the number with which a web server answered, 0 for other failures.
+
+    fsspec raises FileNotFoundError for every failure of the first question about a file; the cause says what it was.
+    """
+    return int(getattr(error, "status", 0) or getattr(error.__cause__, "status", 0) or 0)
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    answer = _answer(error)
+    text = f"the server answers {answer} {getattr(cause, 'message', '')}" if answer else first_line(cause)
+    return text.strip().rstrip(".") or type(cause).__name__
+
+
+def _shown(address: str) -> str:
+    """Return the address of a file on a web server without what stands behind `?`."""
+    return address.partition("?")[0] if _QUERY.match(address) else address
 
 
 def _info(url: str) -> dict[str, Any]:
@@ -206,7 +268,9 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
     def request(system: Any) -> bytes:
         data: bytes = system.cat_file(url, start=start, end=stop)
         if len(data) > stop - start:
-            raise DataError(f"The server of '{url}' does not answer requests for ranges of bytes: copy the files.")
+            raise DataError(
+                f"The server of '{_shown(url)}' does not answer requests for ranges of bytes: copy the files."
+            )
         if len(data) < stop - start:
             raise ConnectionError(f"the answer ended {stop - start - len(data):,} bytes too early")
         return data
@@ -214,8 +278,11 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
     return _try(url, request)
 
 
-def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> list[RemotePath]:
+def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[list[RemotePath], Counter[str]]:
     """Return the tar or parquet files of an address: one file, a pattern, or all files below a folder.
+
+    Returns:
+        the files, and how many others there are, by the reason for which they are left out.
 
     Args:
         source: the address, perhaps with `*`, `?`, `[...]`.
@@ -224,23 +291,31 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> list[Remo
     found: list[str] = []
     for url in names(source):
         protocol = url.partition("://")[0]
+        if _QUERY.match(url):
+            address, _, query = url.partition("?")
+            found.append(f"{address}?{query.replace('/', '%2F')}")  # a path keeps no repeated slashes
+            continue
         is_pattern = re.search(r"[*?\[]", url)
         if not is_pattern and url.endswith(_SUFFIXES):
             found.append(url)
             continue
         paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
-        paths = [path.removeprefix(f"{protocol}://").lstrip("/") for path in paths]
+        paths = [path.removeprefix(f"{protocol}://").strip("/") for path in paths]
+        paths = [path for path in paths if path != url.partition("://")[2].strip("/")]  # an object that marks a folder
         start = "file:///" if protocol == "file" else f"{protocol}://"
-        found += [f"{start}{path}" for path in paths if is_pattern or path.endswith(_SUFFIXES)]
-    kinds = {url.rpartition(".")[2] for url in found}
-    if not kinds <= {"tar", "parquet"} or len(kinds) != 1:
+        found += [f"{start}{path}" for path in paths]
+    files = [RemotePath(url) for url in found]
+    used = [file for file in files if file.suffix in _SUFFIXES]
+    others = (file.suffix for file in files if file.suffix not in _SUFFIXES)
+    left_out = Counter(f"extension {suffix}" if suffix else "no extension" for suffix in others)
+    if len({file.suffix for file in used}) != 1:
         what = (
             "holds both .tar and .parquet files: name one kind with a pattern"
-            if kinds
+            if used
             else "has no .tar and no .parquet files"
         )
         raise DataError(f"--data '{source}' {what}. Single images are not read from other machines: pack them.")
-    return [RemotePath(url) for url in found]
+    return used, left_out
 
 
 def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
@@ -251,6 +326,7 @@ def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
 
 
 _written = 0
+_is_said = False
 
 
 def cache_folder(name: str = "remote") -> Path:
@@ -271,21 +347,33 @@ def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
         with FileLock(folder / f".{number % 64}.lock"):  # another process may be at it
             data = _read_cached(file, start, stop)
             if data is None:
-                block = _fetch(str(path), first, min(first + BLOCK, path.size))
+                block = _fetch(path.url, first, min(first + BLOCK, path.size))
                 unfinished = folder / f".{number}-{os.getpid()}.tmp"
                 unfinished.write_bytes(block)
                 unfinished.replace(file)
                 data = block[start:stop]
                 count_written(len(block))
         return data
-    except OSError:  # no room, or no writable cache: the bytes themselves will do
-        return _fetch(str(path), first + start, first + stop)
+    except OSError as error:  # no room, or no writable cache: the bytes themselves will do
+        say_not_kept(error)
+        return _fetch(path.url, first + start, first + stop)
+
+
+def say_not_kept(error: OSError) -> None:
+    """Say once, in the first process, that the cache cannot be written."""
+    global _is_said
+    if not _is_said and parent_process() is None:
+        say(
+            f"Warning: the cache '{cache_folder()}' cannot be written ({error.strerror or error}), so what is read is "
+            "requested each time. PECOBOOK_CACHE names another place."
+        )
+    _is_said = True
 
 
 def _read_cached(file: Path, start: int, stop: int) -> bytes | None:
     try:
         descriptor = os.open(file, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:  # absent, or of another user
         return None
     try:
         if time.time() - os.fstat(descriptor).st_mtime > _USED_AGAIN:
@@ -325,8 +413,10 @@ def remove_unused() -> None:
     for folder in root.iterdir() if root.is_dir() else ():
         with contextlib.suppress(OSError), os.scandir(folder) as blocks:
             for block in blocks:
-                if not block.name.startswith("."):
-                    status = block.stat()
+                status = block.stat()
+                if block.name.endswith(".tmp") and time.time() - status.st_mtime > _ABANDONED:
+                    os.unlink(block.path)  # noqa: PTH108 (of a process that was killed)
+                elif not block.name.startswith("."):
                     entries.append((status.st_mtime, status.st_size, block.path))
     total = sum(size for _, size, _ in entries)
     limit = min(limit_bytes(), total + shutil.disk_usage(root).free // 2) if entries else 0

@@ -6,9 +6,11 @@ Files that have small row groups (the hub's have 100 rows) and `--shuffle-window
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,20 +83,19 @@ class RowGroups:
 
         path, number = self._files[self._group_of[group][0]], self._group_of[group][1]
         folder = remote.cache_folder() / hashlib.sha256(path.version().encode()).hexdigest()[:24]
-        file = folder / f"{self._column}-{number:06d}.arrow"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{number % 64}.lock"):
-            try:
-                table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-                os.utime(file)
-            except (OSError, pa.ArrowException):  # absent, or cut short when the power failed
-                table = self._request(path, number)
-                unfinished = folder / f".{number}-{os.getpid()}.tmp"
-                with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-                    writer.write_table(table)
-                unfinished.replace(file)
-                remote.count_written(file.stat().st_size)
-                table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        file, table = folder / f"{self._column}-{number:06d}.arrow", None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f".{number % 64}.lock"):  # another process may be at it
+                with contextlib.suppress(OSError, pa.ArrowException):  # absent, or cut short when the power failed
+                    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+                    os.utime(file)
+                if table is None:
+                    table = self._request(path, number)
+                    table = _keep(table, file, folder / f".{number}-{os.getpid()}.tmp")
+        except OSError as error:  # no room, or no writable cache: the row group itself will do
+            remote.say_not_kept(error)
+            table = self._request(path, number) if table is None else table
         return table.column(self._column)
 
     def _request(self, path: RemotePath, number: int) -> Any:
@@ -102,6 +103,18 @@ class RowGroups:
 
         with pq.ParquetFile(RemoteReader(path, keep=False)) as opened:
             return opened.read_row_group(number, columns=[self._column])
+
+
+def _keep(table: Any, file: Path, unfinished: Path) -> Any:
+    """Write a table into the cache, and return it as mapped from there."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    mapped = pa.ipc.open_file(pa.memory_map(str(unfinished))).read_all()
+    unfinished.replace(file)
+    remote.count_written(file.stat().st_size)  # which may remove the file again, where it is larger than the cache
+    return mapped
 
 
 def read_columns(files: list[RemotePath], columns: list[str]) -> Any:
