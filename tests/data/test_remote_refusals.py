@@ -11,7 +11,8 @@ import pytest
 
 from pecobook.data import remote
 from pecobook.data.images import open_images
-from pecobook.data.remote import RefusedError, RemotePath
+from pecobook.data.remote import RemotePath
+from pecobook.data.remote_refusals import RefusedError
 from pecobook.errors import DataError
 from tests.data.sources import make_parquet, make_tar, samples, values
 from tests.data.web_server import Server, make_shards, quick, server

@@ -9,7 +9,6 @@ blocks that were not used for the longest time are removed where the folder grow
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import os
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
+from pecobook.data.remote_refusals import RefusedError, reason_of, refuse, shown
 from pecobook.errors import ConfigError, DataError, first_line
 from pecobook.utils.printer import say
 
@@ -47,17 +47,8 @@ _TIMEOUT = 60.0
 PATIENCE = 300.0
 """Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
 _SUFFIXES = (".tar", ".parquet")
-_QUERY = re.compile(r"^(https?://|(?!\w+://)).*?\.(tar|parquet)\?")
 _URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory|file)://")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-_FINAL = ("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket")
-"""Parts of the names of errors for which another request is of no use."""
-_MAY_PASS = (408, 425, 429)
-"""Answers from 400 to 499 of a web server for which another request may be of use."""
-
-
-class RefusedError(DataError):
-    """A server says that a file does not exist or may not be read."""
 
 
 def is_remote(source: str | Path) -> bool:
@@ -84,7 +75,7 @@ class RemotePath(PosixPath):
         return str(self).rpartition("/")[2]
 
     def __str__(self) -> str:
-        return _shown(self.url)
+        return shown(self.url)
 
     def __fspath__(self) -> str:
         return str(self)
@@ -210,50 +201,11 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
         except DataError:
             raise
         except Exception as error:  # each library has exceptions of its own for lost connections
-            _refuse(url, error)
+            refuse(url, error)
             if time.monotonic() + pause > end:
-                raise DataError(f"'{_shown(url)}' cannot be read: {_reason(error)}.") from error
+                raise DataError(f"'{shown(url)}' cannot be read: {reason_of(error)}.") from error
             time.sleep(pause * random.uniform(0.5, 1))  # so that processes do not all come back at once
             pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def _refuse(url: str, error: Exception) -> None:
-    """Raise RefusedError after a failure for which another request is of no use."""
-    answer = _answer(error)
-    is_absent = isinstance(error, FileNotFoundError | IsADirectoryError) and not error.__cause__
-    if answer in (404, 410) or is_absent or (isinstance(error, FileNotFoundError) and not url.startswith("http")):
-        raise RefusedError(f"'{_shown(url)}' does not exist.") from None
-    if answer == 416:
-        raise RefusedError(
-            f"'{_shown(url)}' has become shorter since it was opened: start the command again."
-        ) from None
-    is_forbidden = isinstance(error, PermissionError) or any(name in type(error).__name__ for name in _FINAL)
-    is_wrong = type(error) is ValueError or getattr(error, "errno", 0) in (errno.EINVAL, errno.EPERM)  # S3's 400, 405
-    if is_forbidden or is_wrong or (400 <= answer < 500 and answer not in _MAY_PASS):
-        remedy = " 'Files on other machines' in docs/data.md says how to give credentials."
-        if answer and "?" in url:
-            remedy = " The signature in the address may have expired: give a new address, and continue with --resume."
-        raise RefusedError(f"'{_shown(url)}' cannot be read: {_reason(error)}.{remedy}") from error
-
-
-def _answer(error: BaseException) -> int:
-    """Return the number with which a web server answered, 0 for other failures.
-
-    fsspec raises FileNotFoundError for every failure of the first question about a file; the cause says what it was.
-    """
-    return int(getattr(error, "status", 0) or getattr(error.__cause__, "status", 0) or 0)
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    answer = _answer(error)
-    text = f"the server answers {answer} {getattr(cause, 'message', '')}" if answer else first_line(cause)
-    return text.strip().rstrip(".") or type(cause).__name__
-
-
-def _shown(address: str) -> str:
-    """Return the address of a file on a web server without what stands behind `?`."""
-    return address.partition("?")[0] if _QUERY.match(address) else address
 
 
 def _info(url: str) -> dict[str, Any]:
@@ -269,7 +221,7 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
         data: bytes = system.cat_file(url, start=start, end=stop)
         if len(data) > stop - start:
             raise DataError(
-                f"The server of '{_shown(url)}' does not answer requests for ranges of bytes: copy the files."
+                f"The server of '{shown(url)}' does not answer requests for ranges of bytes: copy the files."
             )
         if len(data) < stop - start:
             raise ConnectionError(f"the answer ended {stop - start - len(data):,} bytes too early")
@@ -291,7 +243,7 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
     found: list[str] = []
     for url in names(source):
         protocol = url.partition("://")[0]
-        if _QUERY.match(url):
+        if shown(url) != url:
             address, _, query = url.partition("?")
             found.append(f"{address}?{query.replace('/', '%2F')}")  # a path keeps no repeated slashes
             continue
