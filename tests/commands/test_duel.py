@@ -47,16 +47,16 @@ def test_settings__are_tried_equally_by_all_arms_with_a_network() -> None:
 
 def test_plan__has_a_chain_for_every_arm(images: Path, tmp_path: Path) -> None:
     jobs = make_plan(images, tmp_path, "duel").jobs
-    assert jobs["codebook-perceptual-0"].needs == ("network-contrast-0",)
-    assert jobs["bank-perceptual-0"].needs == ("codebook-perceptual-0",)
+    assert jobs["codebook-perceptual+steady-0"].needs == ("network-contrast-0",)
+    assert jobs["bank-perceptual-0"].needs == ("codebook-perceptual+steady-0",)
     vit = jobs["vit-perceptual+lr0.001-0"]
-    assert (vit.command, vit.needs) == ("pretrain", ("bank-perceptual-0", "codebook-perceptual-0"))
+    assert (vit.command, vit.needs) == ("pretrain", ("bank-perceptual-0", "codebook-perceptual+steady-0"))
     assert vit.config.tokens == jobs["bank-perceptual-0"].config.out
     assert jobs["probe-perceptual+lr0.001-0"].needs == ("vit-perceptual+lr0.001-0",)
-    assert jobs["codebook-perceptual-random-0"].config.perceptual.weights == "random"
-    assert jobs["codebook-perceptual-shuffled-0"].config.perceptual.shuffle
-    assert jobs["codebook-classification-0"].config.explicit.kind == "classification"
-    assert jobs["codebook-supervised-0"].config.perceptual.network == jobs["network-supervised-0"].config.out
+    assert jobs["codebook-perceptual-random+steady-0"].config.perceptual.weights == "random"
+    assert jobs["codebook-perceptual-shuffled+steady-0"].config.perceptual.shuffle
+    assert jobs["codebook-classification+steady-0"].config.explicit.kind == "classification"
+    assert jobs["codebook-supervised+steady-0"].config.perceptual.network == jobs["network-labels-0"].config.out
     for name, job in jobs.items():
         assert job.config.seed == 0
         assert job.config.out.startswith(str(tmp_path / "runs" / name))

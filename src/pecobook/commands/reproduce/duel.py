@@ -225,7 +225,7 @@ class Duel:
             if self.config.supervised:
                 return self.config.supervised, ""
             contrast_folder, contrast_job = self._network("perceptual", seed)  # names the architecture
-            name = f"network-supervised-{seed}"
+            name = f"network-labels-{seed}"  # the names differ from those of the tables' runs, which are others
             settings = self._run(self.budget.supervised, name, seed, backbone=contrast_folder)
             self._add(name, "finetune", settings, contrast_job)
         else:
@@ -236,7 +236,7 @@ class Duel:
     def _codebook(self, arm: str, setting: Setting, seed: int) -> tuple[str, str]:
         """Plan the tokenizer of an arm; returns its folder and the name of its job."""
         head, _, how = arm.partition("-")
-        name = f"codebook-{arm}{'+rising' if setting.rising else ''}-{seed}"
+        name = f"codebook-{arm}+{'rising' if setting.rising else 'steady'}-{seed}"
         base, network_job = self.budget.codebook, ""
         if head in ("pixel", "classification"):
             explicit = ExplicitConfig() if head == "pixel" else ExplicitConfig(kind="classification")
