@@ -13,11 +13,11 @@ import pytest
 from pecobook import cli
 from pecobook.commands.duel_arms import ARMS, Setting, parse_run, run_name, settings_of
 from pecobook.commands.paper_tables import TABLES, chosen_tables
-from pecobook.commands.reproduce.duel import DuelBudget, duel_budget, reading
+from pecobook.commands.reproduce.duel import DuelBudget, duel_budget, reading, validation_accuracy
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.tables import gains_over_controls, measured_tables
 from pecobook.data.images import open_images
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, RunFolderError
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace
 from tests.commands.test_reproduce import InThisProcess
@@ -196,3 +196,13 @@ def test_duel__runs_from_images_to_the_table(
     capsys.readouterr()
     cli.main(["reproduce", "duel", "--data", str(images), "--out", str(tmp_path / "r"), "--seeds", "0", "--dry-run"])
     assert capsys.readouterr().err.count("1 of them done") == 17  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    "content", ['{"linear": {"acc', '{"linear": {"accuracy": 3, "layers": {}}, "knn": {"accuracy": 4}}']
+)
+def test_validation_accuracy__names_a_damaged_probe(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "probe.json"
+    file.write_text(content)
+    with pytest.raises(RunFolderError, match=r"probe\.json.* Delete that file, and start again\."):
+        validation_accuracy(file)
