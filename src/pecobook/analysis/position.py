@@ -42,7 +42,7 @@ class Position:
 
 def position_dependence(codes: Array, *, seed: int = 0) -> Position:
     """Measure how far codes (N, h, w) depend on the position; `seed` determines the permutations."""
-    flat = as_numpy(codes).reshape(len(codes), -1)
+    flat = as_numpy(codes).reshape(len(codes), -1).astype(np.int64)
     rng = np.random.default_rng(seed)
     nulls = [_share_and_bound(rng.permuted(flat, axis=1)) for _ in range(_PERMUTATIONS)]
     (share, bound), (null_share, null_bound) = _share_and_bound(flat), np.mean(nulls, axis=0)
@@ -63,8 +63,8 @@ def _share_and_bound(flat: NDArray[np.int64]) -> tuple[float, float]:
 
 def _bits(codes: NDArray[np.int64], values: NDArray[np.int64]) -> float:
     """Compute the mutual information in bits of two arrays of one shape, from the pairs that occur."""
-    codes, values = codes.ravel(), values.ravel()
-    pairs = codes.astype(np.int64) * (int(values.max()) + 1) + values
+    codes, values = codes.ravel().astype(np.int64), values.ravel().astype(np.int64)
+    pairs = codes * (int(values.max()) + 1) + values
     each, other, joint = (np.unique(array, return_counts=True)[1] for array in (codes, values, pairs))
     return max(entropy(each) + entropy(other) - entropy(joint), 0.0)
 
