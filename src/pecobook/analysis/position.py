@@ -132,3 +132,22 @@ def commonest_code_accuracy(train_codes: Tensor, codes: Tensor, mask: Tensor) ->
     columns = as_numpy(train_codes).reshape(len(train_codes), -1).T  # (P, M)
     commonest = torch.tensor([np.bincount(column).argmax() for column in columns]).view(codes.shape[1:])
     return 100 * float((codes == commonest)[mask].float().mean())
+
+
+def position_baseline(codes: Tensor, mask: Tensor) -> float | None:
+    """Return the percentage of masked codes that are the most frequent code of their position in other images.
+
+    The images with even indices and the images with odd indices predict each other.
+
+    Args:
+        codes: int64 (N, h, w).
+        mask: bool (N, h, w), True = masked; equally many patches are masked in each image.
+
+    Returns:
+        the percentage, or None for a single image.
+    """
+    if len(codes) < 2:
+        return None
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    accuracies = [commonest_code_accuracy(codes[b], codes[a], mask[a]) for a, b in ((even, odd), (odd, even))]
+    return float(np.average(accuracies, weights=[len(codes[even]), len(codes[odd])]))
