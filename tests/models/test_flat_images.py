@@ -17,9 +17,10 @@ from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.feature_target import FeatureTarget
 from pecobook.models.masked_vit import patch_pixels
 from pecobook.models.perceptual import PerceptualDistance
-from pecobook.models.tokenizer import build_autoencoder
+from pecobook.models.tokenizer import PerceptualTokenizer, build_autoencoder
 from pecobook.settings.codebook import AdversarialConfig, TargetConfig
-from pecobook.settings.tokenizer import AutoencoderConfig, VectorQuantizerConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig, VectorQuantizerConfig
+from pecobook.stages.codebook import small_groups
 
 SIDE = 8
 
@@ -83,6 +84,10 @@ def test_vit_autoencoder(latent_norm: bool) -> None:
 def test_autoencoder__has_no_bound_where_each_channel_is_normalised_alone() -> None:
     config = AutoencoderConfig(channels=(16, 32, 64), num_blocks=1, group_size=0, padding="reflect")
     assert autoencoder_gradient(config, torch.float32) > 1e9
+    (note,) = small_groups(PerceptualTokenizer(TokenizerConfig(model=config, num_codewords=4)))
+    assert "GroupNorm has groups of 1 (channels)" in note
+    config = AutoencoderConfig(channels=(16, 32, 64), num_blocks=1, latent_dim=4)
+    assert small_groups(PerceptualTokenizer(TokenizerConfig(model=config, num_codewords=4))) == ()
 
 
 @pytest.mark.parametrize("width", [1, 8, 64])
