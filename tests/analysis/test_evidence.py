@@ -59,6 +59,15 @@ def test_difference__pairs_by_seed_and_needs_two() -> None:
     assert Difference("x", (1.0, math.nan, 2.0)).verdict is Verdict.UNKNOWN
 
 
+def test_difference__of_equal_gains_shows_no_spread() -> None:
+    """60.3 - 60.1, 50.3 - 50.1 and 40.3 - 40.1 differ in the last bits of floats alone."""
+    pairs = {0: (60.3, 60.1), 1: (50.3, 50.1), 2: (40.3, 40.1)}
+    gain = difference("", {seed: a for seed, (a, _) in pairs.items()}, {seed: b for seed, (_, b) in pairs.items()})
+    assert gain.values == (0.2, 0.2, 0.2)
+    assert gain.verdict is Verdict.UNKNOWN
+    assert "no spread over seeds" in gain.sentence()
+
+
 def test_holm__by_hand() -> None:
     # Holm 1979: 0.01 * 4, 0.02 * 3, 0.03 * 2 raised to the value before it, 0.5 * 1.
     assert holm([0.03, 0.5, 0.01, 0.02]) == pytest.approx([0.06, 0.5, 0.04, 0.06])

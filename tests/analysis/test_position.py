@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from pecobook.analysis.position import (
+    MIN_PATCHES,
     checkerboard,
     commonest_code_accuracy,
     information_given_position,
@@ -48,6 +50,40 @@ def test_position_dependence__is_mutual_information_over_the_entropy_of_position
     positions = torch.arange(16).view(4, 4).expand(codes.shape)
     bits = mutual_information(joint_counts(codes, positions, 40, 16))
     assert position_dependence(codes).share == pytest.approx(bits / 4)
+
+
+def test_position_dependence__of_narrow_integers_is_that_of_wide_ones() -> None:
+    """Codes times positions do not fit into the integers of a token bank."""
+    codes = np.random.default_rng(0).integers(60_000, 60_040, (40, 14, 14))
+    assert position_dependence(codes.astype(np.uint16)) == position_dependence(codes)
+    codes[:, 0, 0] = 2**24 - 1
+    assert position_dependence(codes.astype(np.int32)) == position_dependence(codes)
+    assert position_dependence(codes).bound == pytest.approx(100 / 41)
+
+
+@pytest.mark.parametrize("shape", [(40, 4, 4), (1, 4, 4), (30, 2, 7), (25, 1, 2), (20, 3, 3)])
+@pytest.mark.parametrize("num_codes", [1, 9, 5000])
+def test_position_dependence__is_that_of_scikit_learn(shape: tuple[int, int, int], num_codes: int) -> None:
+    codes = np.random.default_rng(0).integers(0, num_codes, shape)
+    flat, num_positions = codes.reshape(len(codes), -1), shape[1] * shape[2]
+    expected = mutual_info_score(flat.ravel(), np.tile(np.arange(num_positions), len(codes))) / np.log(num_positions)
+    result = position_dependence(codes)
+    assert result.share == pytest.approx(expected, abs=1e-9)
+    places = [set(np.nonzero(flat == code)[1]) for code in np.unique(flat) if (flat == code).sum() >= MIN_PATCHES]
+    bound = 100 * np.mean([len(place) == 1 for place in places]) if places else np.nan
+    assert result.bound == pytest.approx(bound, nan_ok=True)
+
+
+def test_information_given_position__is_that_of_scikit_learn_at_each_position() -> None:
+    """With many images the correction, which the permutations of codes estimate, is small."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 3, (5000, 1, 3))
+    codes = (values + (rng.random(values.shape) < 0.3)) % 3
+    shares = [
+        mutual_info_score(codes[:, 0, p], values[:, 0, p]) / mutual_info_score(values[:, 0, p], values[:, 0, p])
+        for p in range(3)
+    ]
+    assert information_given_position(codes, values) == pytest.approx(float(np.mean(shares)), abs=2e-3)
 
 
 def test_position_dependence__counts_codewords_bound_to_one_position() -> None:

@@ -206,6 +206,8 @@ def test_the_summary_says_which_accuracy_has_position_removed() -> None:
     assert "20.5% (pixel)" in first
     assert second.startswith("With position removed")
     assert "70.5% (pixel), 71.5% (control), 72.5% (perceptual)" in second
+    (of_pixel,) = [line for line in report.summary if line.startswith("A code of pixel contains")]
+    assert of_pixel.endswith("About its position in the image it contains 90.0%, where permuted codes contain 20.0%.")
 
 
 def test_an_analysis_begins_with_its_finding() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pecobook.analysis.position import position_baseline
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
-from pecobook.commands.analyze.masked import position_baseline
 from pecobook.commands.analyze.measure import code_probes, evaluate_tokenizer
 from tests.analysis.fakes import GreyTokenizer
 

@@ -13,11 +13,11 @@ import pytest
 from pecobook import cli
 from pecobook.commands.duel_arms import ARMS, Setting, parse_run, run_name, settings_of
 from pecobook.commands.paper_tables import TABLES, chosen_tables
-from pecobook.commands.reproduce.duel import DuelBudget, duel_budget, reading
+from pecobook.commands.reproduce.duel import DuelBudget, duel_budget, reading, validation_accuracy
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.tables import gains_over_controls, measured_tables
 from pecobook.data.images import open_images
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, RunFolderError
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace
 from tests.commands.test_reproduce import InThisProcess
@@ -47,16 +47,16 @@ def test_settings__are_tried_equally_by_all_arms_with_a_network() -> None:
 
 def test_plan__has_a_chain_for_every_arm(images: Path, tmp_path: Path) -> None:
     jobs = make_plan(images, tmp_path, "duel").jobs
-    assert jobs["codebook-perceptual-0"].needs == ("network-contrast-0",)
-    assert jobs["bank-perceptual-0"].needs == ("codebook-perceptual-0",)
+    assert jobs["codebook-perceptual+steady-0"].needs == ("network-contrast-0",)
+    assert jobs["bank-perceptual-0"].needs == ("codebook-perceptual+steady-0",)
     vit = jobs["vit-perceptual+lr0.001-0"]
-    assert (vit.command, vit.needs) == ("pretrain", ("bank-perceptual-0", "codebook-perceptual-0"))
+    assert (vit.command, vit.needs) == ("pretrain", ("bank-perceptual-0", "codebook-perceptual+steady-0"))
     assert vit.config.tokens == jobs["bank-perceptual-0"].config.out
     assert jobs["probe-perceptual+lr0.001-0"].needs == ("vit-perceptual+lr0.001-0",)
-    assert jobs["codebook-perceptual-random-0"].config.perceptual.weights == "random"
-    assert jobs["codebook-perceptual-shuffled-0"].config.perceptual.shuffle
-    assert jobs["codebook-classification-0"].config.explicit.kind == "classification"
-    assert jobs["codebook-supervised-0"].config.perceptual.network == jobs["network-supervised-0"].config.out
+    assert jobs["codebook-perceptual-random+steady-0"].config.perceptual.weights == "random"
+    assert jobs["codebook-perceptual-shuffled+steady-0"].config.perceptual.shuffle
+    assert jobs["codebook-classification+steady-0"].config.explicit.kind == "classification"
+    assert jobs["codebook-supervised+steady-0"].config.perceptual.network == jobs["network-labels-0"].config.out
     for name, job in jobs.items():
         assert job.config.seed == 0
         assert job.config.out.startswith(str(tmp_path / "runs" / name))
@@ -196,3 +196,13 @@ def test_duel__runs_from_images_to_the_table(
     capsys.readouterr()
     cli.main(["reproduce", "duel", "--data", str(images), "--out", str(tmp_path / "r"), "--seeds", "0", "--dry-run"])
     assert capsys.readouterr().err.count("1 of them done") == 17  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    "content", ['{"linear": {"acc', '{"linear": {"accuracy": 3, "layers": {}}, "knn": {"accuracy": 4}}']
+)
+def test_validation_accuracy__names_a_damaged_probe(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "probe.json"
+    file.write_text(content)
+    with pytest.raises(RunFolderError, match=r"probe\.json.* Delete that file, and start again\."):
+        validation_accuracy(file)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import pecobook
 from pecobook import cli
+from pecobook.analysis.position import position_dependence
 from pecobook.commands.explore import model
 from pecobook.commands.explore.answers import STRIP, THUMBNAIL, UPLOADS, Answers, Images, Refused
 from pecobook.commands.explore.server import Server
@@ -96,6 +97,10 @@ def test_answers__to_each_address(answers: Answers, indexed: model.IndexedTokeni
         return torch.from_numpy(np.array(PIL.Image.open(io.BytesIO(answers.get(path, query).body)))).permute(2, 0, 1)
 
     setup = values("/api/setup")
+    position = position_dependence(indexed.codes)
+    assert setup["tokenizers"][0].pop("position") == [
+        pytest.approx(100 * share, abs=0.05) for share in (position.share, position.null_share)
+    ]
     assert setup["tokenizers"][0] | {"used": 0} == {
         "name": "small", "codewords": 24, "used": 0, "grid": [4, 4], "size": 16, "images": 2, "labelled": True
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from pecobook import cli
 from pecobook.analysis.features import backbone_features
+from pecobook.analysis.position import position_dependence
 from pecobook.analysis.probe import linear_probe
 from pecobook.commands.extract import extract
-from pecobook.commands.probe import probe, probe_features
+from pecobook.commands.probe import crossed, probe, probe_features
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
 from pecobook.errors import ConfigError, DataError
+from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import load_backbone
 from pecobook.utils.images import to_float
 from tests.runs import codebook_run, vit_run
@@ -112,11 +115,28 @@ def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run:
         probe(data=str(images), backbone=str(vit_run / "export" / "model.safetensors"))
 
 
+def test_crossed__is_at_chance_for_codes_that_are_positions() -> None:
+    """A vocabulary of its own at each position tells the class to the plain probe alone."""
+    labels = torch.arange(300) % 3
+    contents, book = labels[:, None, None].expand(300, 4, 4), torch.randn(48, 8)
+    private = contents + 3 * torch.arange(16).view(4, 4)
+    assert crossed(contents, contents, labels, labels, book, seed=0)["crossed"]["accuracy"] > 99
+    assert crossed(private, private, labels, labels, book, seed=0)["crossed"]["accuracy"] < 67
+    assert crossed(contents[:, :1, :3], contents[:, :1, :3], labels, labels, book, seed=0) == {}
+
+
 def test_probe__of_a_tokenizer_reads_its_codewords(
-    images: Path, codebook_run: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, codebook_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = probe(data=str(images), backbone=str(codebook_run))
     assert set(results["linear"]["layers"]) == {"mean codeword", "bag of codes"}
+    assert set(results) == {"linear", "knn", "crossed"}
+    assert results["crossed"]["features"] == "mean codeword, position removed"
+    tokenizer = PerceptualTokenizer.from_pretrained(codebook_run)
+    codes = tokenizer.encode(to_float(read_all(open_images(str(images)).evaluation, 16)[0]))
+    share, null = (100 * value for value in dataclasses.astuple(position_dependence(codes))[:2])
+    line = f"contains {share:.1f}% of the information about its position in the image, permuted codes {null:.1f}%."
+    assert line in capsys.readouterr().err
     probing = sys.modules["pecobook.commands.probe"]  # the package has a function of this name
     # Of many images a part chooses the features, and the others are not kept of all.
     monkeypatch.setattr(probing, "_EVERY_LAYER", 18)
@@ -130,5 +150,5 @@ def test_probe__of_a_tokenizer_reads_its_codewords(
     monkeypatch.setattr(probing, "extract", note)
     again = probe(data=str(images), backbone=str(codebook_run))
     assert set(again["linear"]["layers"]) == {"mean codeword", "bag of codes"}
-    chosen = {again["linear"]["features"]}
-    assert kept == [({"mean codeword", "bag of codes"}, 18), (chosen, 22), (chosen, 2)]
+    chosen = {again["linear"]["features"], "codes"}
+    assert kept == [({"mean codeword", "bag of codes", "codes"}, 18), (chosen, 22), (chosen, 2)]

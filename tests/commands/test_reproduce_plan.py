@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ from pecobook.commands.paper_tables import TABLES, chosen_tables
 from pecobook.commands.reproduce.listing import as_json, command_line, commands, describe
 from pecobook.commands.reproduce.plan import Plan, num_views
 from pecobook.commands.reproduce.slurm import script
+from pecobook.commands.reproduce.transfers import DenseData
 from pecobook.data.images import open_images
 from pecobook.recipes import RECIPES
 from pecobook.settings.reproduce import ReproduceConfig
@@ -54,7 +56,8 @@ def test_plan__takes_another_backbone(images: Path, name: str) -> None:
 
 
 def test_plan__trains_each_run_once_and_in_order(images: Path) -> None:
-    plan = make_plan(images, *TABLES, dalle="folder", more_data="photos")
+    given: dict[str, Any] = {"dalle": "folder", "more_data": "photos", "budget": "small"}
+    plan = make_plan(images, *TABLES, **given)
     earlier: set[str] = set()
     for name, job in plan.jobs.items():
         assert set(job.needs) <= earlier, name
@@ -66,8 +69,8 @@ def test_plan__trains_each_run_once_and_in_order(images: Path) -> None:
     for name, job in plan.jobs.items():  # attacks draw nothing
         assert job.command == "predict" or job.config.seed == int(name[-1])
     for table in TABLES:  # each table alone is part of all
-        for name in make_plan(images, table, dalle="folder", more_data="photos").jobs:
-            assert name in plan.jobs or name.replace("analysis-", "judged-") in plan.jobs
+        for name, job in make_plan(images, table, **given).jobs.items():
+            assert name.replace("analysis-", "judged-") in plan.jobs or plan.jobs[name] == job, "a name has one meaning"
 
 
 def test_plan__controls_differ_only_in_the_weights(images: Path) -> None:
@@ -186,6 +189,63 @@ def test_plan__at_budget_paper_analyses_all_images(images: Path) -> None:
     assert (tiny.max_train, tiny.max_test) == (10_000, 2000)
 
 
+def test_plan__shortens_warm_up_and_milestones_with_the_training(images: Path) -> None:
+    words = {"budget": "paper", "detection_data": "coco", "length": 0.1}
+    source: Any = SimpleNamespace(train=ImageNet(), evaluation=ImageNet())
+    tables = chosen_tables(("table8",))
+    config = ReproduceConfig(tables=("table8",), out="unused", seeds=(0,), **words)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        coco = {"detect": DenseData(118_287, {"data": "coco"})}
+        patch.setattr("pecobook.commands.reproduce.plan.dense_data", lambda *_: coco)
+        jobs = Plan(config, tables, source).jobs
+    classifier, vit, detector = (jobs[f"{kind}-perceptual@800-0"].config for kind in ("classifier", "vit", "detect"))
+    assert int(classifier.optim.warmup) / int(classifier.max_steps) == pytest.approx(0.2, abs=1e-3)
+    assert int(vit.optim.warmup) == 626  # a tenth of 10 epochs, whatever the length of the arm
+    shares = [int(milestone) / int(detector.max_steps) for milestone in detector.optim.milestones]
+    assert shares == pytest.approx([8 / 12, 11 / 12], abs=1e-3)
+    whole = make_plan(images, "table7", budget="paper")
+    assert whole.jobs["classifier-pixel-0"].config.optim.warmup == "20 epochs"
+    tiny = make_plan(images, "table7", length=0.5)
+    assert tiny.jobs["classifier-pixel-0"].config.optim.warmup == "10%"
+
+
+def test_plan__runs_nothing_for_a_table_without_its_data(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not make_plan(images, "table3").jobs
+    assert make_plan(images, "table8").jobs, "its first column needs no other data"
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "table3", "--data", str(images), "--out", "unused", "--dry-run"])
+    said = capsys.readouterr().err
+    assert "There is nothing to run.\nNot measured: ADE20K mIoU, % (needs --segmentation-data SOURCE)." in said
+
+
+def test_preflight__checks_what_no_job_makes(
+    images: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vit = {"backbone.name": "vit_tiny_patch16_224"}
+    for table, flags, said in (
+        ("table4", {"dalle": "nowhere"}, "--dalle: 'nowhere' contains no encoder.pkl"),
+        ("table4", {"classifier": "nowhere"}, "--classifier: There is no run 'nowhere'"),
+        ("table4", {"classifier": "timm:test_vit"}, "--classifier timm:test_vit has 1000 classes"),
+        ("table4", {"supervised": "nowhere"}, "--supervised: There is no run 'nowhere'"),
+        ("table4", {"network": "nowhere"}, "--network: 'nowhere' is neither a run folder nor a network"),
+        ("tables1-2", {"dino": "nowhere"}, "--dino: 'nowhere' is neither a run folder nor a network"),
+        ("v1-table7", {"more-data": "nowhere"}, "--more-data 'nowhere': 'nowhere' does not exist"),
+        ("table7", {"backbone.name": "nowhere"}, "--backbone.name: timm has no network 'nowhere'"),
+        ("table7", vit, "makes 2 x 2 patches of 32 pixels, and the tokenizer 4 x 4 codes"),
+        ("table4", {"commands": "plan", "slurm": "./plan"}, "--commands and --slurm name one file"),
+        ("table4", {"commands": "plan", "supervised": "a\nb"}, "has a line break"),
+        ("table9", {}, "Table 9 is of videos, which pecobook does not read."),
+    ):
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+        with pytest.raises(SystemExit):
+            cli.main(
+                ["reproduce", table, "--data", str(images), "--out", "unused", "--seeds", "0", "--dry-run", *words]
+            )
+        assert said in capsys.readouterr().err, flags
+    assert not list(tmp_path.iterdir())
+
+
 def test_plan__leaves_out_arms_that_it_cannot_train(images: Path, unlabelled_images: Path) -> None:
     plan = make_plan(images, "table4", "table12", "v1-table7")
     assert plan.missing_for_arm("dalle") == "--dalle FOLDER"
@@ -270,6 +330,18 @@ def test_commands__are_lines_with_their_needs(images: Path) -> None:
     assert before == plan.jobs.keys()
     assert lines[-1].endswith("--no-train  # tables after all")
     assert "--out 'two words/t'" in lines[-1]
+
+
+def test_slurm__divides_what_an_array_cannot_hold(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pecobook.commands.reproduce.slurm._MOST_TASKS", 2)
+    plan = make_plan(images, "table4", seeds=(7, 8, 9), transfer=False)
+    submitted = re.findall(r"(job\d+)=\$\(submit (\S+) (\S+) \S+ \"(.*)\" <<", script(plan))
+    arrays = {name: (variable, indices, waits) for variable, name, indices, waits in submitted}
+    assert arrays["codebook-pixel"][1] == "0,1"
+    assert arrays["codebook-pixel+part1"][1] == "0"
+    (need,) = re.findall(r"aftercorr:\$(job\d+)$", arrays["codebook-perceptual+part1"][2])
+    assert need == arrays["network-resnet+part1"][0]
+    assert f"\n0) srun --kill-on-bad-exit=1 {command_line(plan.jobs['codebook-pixel-9'])} ;;\n" in script(plan)
 
 
 _SBATCH = """#!/bin/bash

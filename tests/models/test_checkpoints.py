@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -13,6 +13,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -241,6 +242,21 @@ def test_load_backbone__a_files_positions_are_interpolated_to_the_size(tmp_path:
     expected.set_input_size(img_size=96)
     images = torch.rand(1, 3, 96, 96)
     assert_close(backbone.network.eval()(images), expected.eval()(images))
+
+
+def test_load_state__resizes_the_shared_table_of_a_beit() -> None:
+    """BEiT's authors save one table for all blocks, which a network for images of another size needs resized."""
+    small: dict[str, Any] = {"num_classes": 0, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    tables = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+    saved = create_network("beit_base_patch16_224", img_size=64, **tables, **small)
+    torch.nn.init.normal_(cast("Any", saved).rel_pos_bias.relative_position_bias_table)
+    state = saved.state_dict() | {"rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.long)}
+    network = cast("Any", create_network("beit_base_patch16_224", img_size=96, **small))
+    load_state(network, state, source="beit.pth")
+    table = resize_rel_pos_bias_table(state["rel_pos_bias.relative_position_bias_table"], (6, 6), (11 * 11 + 3, 3))
+    assert table.shape[0] == 124
+    for block in network.blocks:
+        assert_close(block.attn.relative_position_bias_table, table)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "swin_tiny_patch4_window7_224"])

@@ -117,6 +117,7 @@ def test_run__exports_codes_and_features_and_no_images(run: Path) -> None:
 def test_run__pre_trains_and_is_not_evaluated(run: Path, codebook_run: Path, images: Path, tmp_path: Path) -> None:
     vit = train("pretrain", images, tmp_path / "vit", tokenizer=str(run), max_steps="2")
     assert logged(vit)[-1]["evaluation/accuracy"] >= 0
+    assert 0 <= logged(vit)[-1]["evaluation/accuracy_of_position"] <= 100
     masked = predict(open_runs((str(vit),)), open_images(str(images)).evaluation, seed=0)
     assert masked.records[0]["by_share"][0]["accuracy"] >= 0
     assert masked.draw() == {}

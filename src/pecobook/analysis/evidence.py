@@ -123,8 +123,12 @@ class Difference:
 
 
 def difference(name: str, a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
-    """Return the paired difference of two arms, given by seed; seeds that one of them lacks are left out."""
-    return Difference(name, tuple(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())))
+    """Return the paired difference of two arms, given by seed; seeds that one of them lacks are left out.
+
+    Differences are rounded to nine digits after the point, since 60.3 - 60.1 and 50.3 - 50.1 differ in the last bits,
+    and a spread of rounding errors would claim anything.
+    """
+    return Difference(name, tuple(round(a[seed] - b[seed], 9) for seed in sorted(a.keys() & b.keys())))
 
 
 def outer_means(values: Mapping[tuple[int, ...], float]) -> dict[int, float]:

@@ -71,12 +71,19 @@ def pools_class_token(network: nn.Module) -> bool:
     return getattr(network, "global_pool", "") == "token"
 
 
+CODES = "codes"
+
+
 def tokenizer_features(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
-    """Compute average-pooled codewords (paper, Table 4) and bags of codes of images, float (N, 3, H, W) in [0, 1]."""
+    """Compute average-pooled codewords (paper, Table 4) and bags of codes of images, float (N, 3, H, W) in [0, 1].
+
+    The codes themselves, int32 (N, h, w), are there under the name `CODES`.
+    """
     codes = encode_all(tokenizer, images)
     return {
         "mean codeword": mean_codewords(codes, tokenizer.codebook),
         "bag of codes": bag_of_codes(codes, len(tokenizer.codebook)),
+        CODES: codes.int(),
     }
 
 

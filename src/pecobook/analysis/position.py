@@ -42,7 +42,7 @@ class Position:
 
 def position_dependence(codes: Array, *, seed: int = 0) -> Position:
     """Measure how far codes (N, h, w) depend on the position; `seed` determines the permutations."""
-    flat = as_numpy(codes).reshape(len(codes), -1)
+    flat = as_numpy(codes).reshape(len(codes), -1).astype(np.int64)
     rng = np.random.default_rng(seed)
     nulls = [_share_and_bound(rng.permuted(flat, axis=1)) for _ in range(_PERMUTATIONS)]
     (share, bound), (null_share, null_bound) = _share_and_bound(flat), np.mean(nulls, axis=0)
@@ -63,8 +63,8 @@ def _share_and_bound(flat: NDArray[np.int64]) -> tuple[float, float]:
 
 def _bits(codes: NDArray[np.int64], values: NDArray[np.int64]) -> float:
     """Compute the mutual information in bits of two arrays of one shape, from the pairs that occur."""
-    codes, values = codes.ravel(), values.ravel()
-    pairs = codes.astype(np.int64) * (int(values.max()) + 1) + values
+    codes, values = codes.ravel().astype(np.int64), values.ravel().astype(np.int64)
+    pairs = codes * (int(values.max()) + 1) + values
     each, other, joint = (np.unique(array, return_counts=True)[1] for array in (codes, values, pairs))
     return max(entropy(each) + entropy(other) - entropy(joint), 0.0)
 
@@ -132,3 +132,22 @@ def commonest_code_accuracy(train_codes: Tensor, codes: Tensor, mask: Tensor) ->
     columns = as_numpy(train_codes).reshape(len(train_codes), -1).T  # (P, M)
     commonest = torch.tensor([np.bincount(column).argmax() for column in columns]).view(codes.shape[1:])
     return 100 * float((codes == commonest)[mask].float().mean())
+
+
+def position_baseline(codes: Tensor, mask: Tensor) -> float | None:
+    """Return the percentage of masked codes that are the most frequent code of their position in other images.
+
+    The images with even indices and the images with odd indices predict each other.
+
+    Args:
+        codes: int64 (N, h, w).
+        mask: bool (N, h, w), True = masked; equally many patches are masked in each image.
+
+    Returns:
+        the percentage, or None for a single image.
+    """
+    if len(codes) < 2:
+        return None
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    accuracies = [commonest_code_accuracy(codes[b], codes[a], mask[a]) for a, b in ((even, odd), (odd, even))]
+    return float(np.average(accuracies, weights=[len(codes[even]), len(codes[odd])]))

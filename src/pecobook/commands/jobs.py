@@ -29,7 +29,7 @@ from pecobook.errors import DataError, PecobookError, listed
 from pecobook.recipes import RECIPES
 from pecobook.settings.values import flag_words
 from pecobook.utils.folder_lock import FolderBusyError, FolderLock
-from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
+from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, Kind, list_of, metric_lines, read_json
 from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
 
@@ -349,7 +349,8 @@ def _last_step(run: Path) -> int:
 
 def read_analysis(folder: Path) -> dict[str, Any]:
     """Return the content of an analysis.json of one tokenizer or more. Raises RunFolderError where it is damaged."""
-    schema = {"seconds": NUMBER, "tokenizers": list_of(OBJECT)}
+    some = Kind("a list of one object or more", lambda value: bool(value) and list_of(OBJECT).holds(value))
+    schema = {"seconds": NUMBER, "tokenizers": some}
     return read_json(folder / "analysis.json", schema, remedy="Delete that folder, and start again.")
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecobook.analysis.features import EveryLayer, backbone_features, pools_class_token, tokenizer_features
+from pecobook.analysis.codewords import mean_codewords
+from pecobook.analysis.features import CODES, EveryLayer, backbone_features, pools_class_token, tokenizer_features
+from pecobook.analysis.position import checkerboard, position_dependence
 from pecobook.analysis.probe import MIN_IMAGES, VALIDATION_SHARE, knn_probe, linear_probe, validation_accuracy
 from pecobook.analysis.wording import accuracy_with_error
 from pecobook.commands.extract import FeatureFunction, check_reads, extract, names_tokenizer, open_backbone
@@ -31,6 +33,7 @@ from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import say, show
 
+_POSITION_IMAGES = 2000  # held-out images whose codes are compared with their positions
 _EVERY_LAYER = 100_000
 """Training images up to which the features of every layer are kept, 4 GB for a ViT-B. Of more images so many choose the
 layer, and those of the best layer alone are kept of all."""
@@ -56,15 +59,27 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     if min(config.max_train, len(splits.train)) > _EVERY_LAYER:
         few, labels = extract(splits.train, size, _EVERY_LAYER, features, "features of every layer")
         assert labels is not None
+        kept = [CODES] if few.pop(CODES, None) is not None else []
         layers = layer_accuracies(few, labels, seed=config.seed)
         del few
-        features = partial(_only, features, _feature_sets(list(layers))[max(layers, key=lambda name: layers[name])])
+        best = max(layers, key=lambda name: layers[name])
+        features = partial(_only, features, [*_feature_sets(list(layers))[best], *kept])
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
     test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")
     assert train_labels is not None
     assert test_labels is not None
+    train_codes, test_codes = train.pop(CODES, None), test.pop(CODES, None)
     results = probe_features(train, test, train_labels, test_labels, seed=config.seed, layers=layers)
-    show(_table(results, len(splits.train.classes or ()), len(train_labels)))
+    remarks = ""
+    if train_codes is not None and test_codes is not None:
+        codebook = load_tokenizer(config.backbone).codebook.detach().float().cpu()
+        results |= crossed(train_codes, test_codes, train_labels, test_labels, codebook, seed=config.seed)
+        position = position_dependence(test_codes[:_POSITION_IMAGES])
+        remarks = (
+            f"\nA code contains {100 * position.share:.1f}% of the information about its position in the image, "
+            f"permuted codes {100 * position.null_share:.1f}%."
+        )
+    show(_table(results, len(splits.train.classes or ()), len(train_labels)) + remarks)
     if config.out:
         without_images = {
             probe: {key: value for key, value in result.items() if key != "correct"}
@@ -87,6 +102,26 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         )
     check_reads(EveryLayer(backbone.network), size, config.backbone)
     return lambda images: backbone_features(backbone, images, every_layer=True), size
+
+
+def crossed(
+    train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, codebook: Tensor, *, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Run the linear probe of mean codewords with position removed, as `pecobook analyze` does.
+
+    Codes int (N, h, w) of one half of the positions train it, those of the other half test it, so codes that are bound
+    to one position do not help.
+
+    Returns:
+        {"crossed"}, as a probe of `probe_features`; empty for fewer than two positions in a half.
+    """
+    half = checkerboard((train.shape[1], train.shape[2]))
+    if min(int(half.sum()), int((~half).sum())) < 2:
+        return {}
+    trained, tested = (mean_codewords(codes, codebook) for codes in (train[:, half], test[:, ~half]))
+    result = linear_probe(trained, train_labels, tested, test_labels, seed=seed)
+    features = "mean codeword, position removed"
+    return {"crossed": {**result.summary(), "features": features, "correct": result.correct.tolist()}}
 
 
 def _only(features: FeatureFunction, names: list[str], images: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pecobook.models.group_norm import GroupNorm, convolution_layout
 from pecobook.settings.tokenizer import AutoencoderConfig, PaddingMode
+from pecobook.utils.devices import exporting
 
 
 class ResidualBlock(nn.Module):
@@ -75,14 +76,27 @@ class Convolution(nn.Conv2d):
 def _pad(x: Tensor, sides: tuple[int, ...], mode: str) -> Tensor:
     """Pad by one pixel at the sides that are 1: left, right, top, bottom.
 
+    Where there is a single row or column, which has no neighbour that could be reflected, it is repeated. PyTorch's
+    reflection refuses this, also that of an ONNX file, which takes any size, so these read the image by its indices.
+
     PyTorch's compiler takes the gradient of a repeated border for contiguous, and stops where it is channels last
     (PyTorch 2.14). So a compiled border is joined from slices, which is equal, and slower where it is not compiled.
     """
+    height, width = x.shape[-2:]
+    if mode == "reflect" and (exporting() or min(height, width) == 1):
+        left, right, top, bottom = sides
+        return x[..., _reflected(height, top, bottom, x.device)[:, None], _reflected(width, left, right, x.device)]
     if mode != "replicate" or not torch.compiler.is_compiling():
         return F.pad(x, sides, mode=mode)
     left, right, top, bottom = sides
     x = torch.cat([x[..., :left], x, x[..., x.shape[-1] - right :]], -1)
     return torch.cat([x[..., :top, :], x, x[..., x.shape[-2] - bottom :, :]], -2)
+
+
+def _reflected(size: int, before: int, after: int, device: torch.device) -> Tensor:
+    """Return the rows that a reflected border reads of `size` rows: int64 (before + size + after,)."""
+    rows = torch.arange(-before, size + after, device=device).abs()
+    return (size - 1 - (size - 1 - rows).abs()).clamp_min(0)
 
 
 class Upsample(Convolution):

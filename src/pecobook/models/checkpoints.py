@@ -261,7 +261,7 @@ def load_state(
     fitted = to_timm_names(state, expected)
     if _differences(fitted, expected):
         # timm reads layouts of further authors and resizes tables of positions.
-        converted = _convert_by_timm(network, _without_prefix(state, prefix))
+        converted = _convert_by_timm(network, _expand_shared_positions(_without_prefix(state, prefix), expected))
         if converted is not None:
             converted = to_timm_names(converted, expected)
             if len(_differences(converted, expected)) < len(_differences(fitted, expected)):

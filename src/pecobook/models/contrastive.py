@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.utils.distributed import gather_rows
+from pecobook.utils.vectors import unit_length
 
 
 def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
@@ -47,7 +48,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple
         loss and accuracy, () each.
     """
     with torch.autocast(queries.device.type, enabled=False):
-        queries, keys = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1)
+        queries, keys = unit_length(queries.float()), unit_length(keys.float())
         all_keys, first = gather_keys(keys)  # (G, D)
         logits = queries @ all_keys.t() / temperature  # (B, G)
         labels = torch.arange(first, first + len(queries), device=queries.device)

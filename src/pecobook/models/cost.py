@@ -99,7 +99,7 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
             flop, disk = _OF_IMAGES[command](config, num_images, num_held_out, others)
     except _UNKNOWN:
         return Cost(None, None, 0.0)
-    speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) else UNCOMPILED)
+    speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) or command == "detect" else UNCOMPILED)
     of = config
     if command in ("analyze", "predict"):
         of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else others[config.run]

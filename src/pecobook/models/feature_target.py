@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.settings.codebook import TargetConfig
+from pecobook.utils.vectors import unit_length
 
 _FLAGS = {"--perceptual.layers": "--target.layer", "--perceptual.network": "--target-features"}
 
@@ -69,7 +70,8 @@ class FeatureTarget(nn.Module):
     def loss(self, predicted: Tensor, images: Tensor) -> Tensor:
         """Return 1 minus the mean cosine of predicted features (B, F, h, w) and those of the images, ()."""
         target = self.features(images, (predicted.shape[-2], predicted.shape[-1]))
-        return 1 - F.cosine_similarity(predicted.float(), target, dim=1, eps=1e-6).mean()
+        cosine = (unit_length(predicted.float()) * F.normalize(target, dim=1)).sum(1)
+        return 1 - cosine.mean()
 
 
 def _with_flags(text: str) -> str:

@@ -24,6 +24,7 @@ from pecobook.models.nearest import nearest_codeword
 from pecobook.settings.tokenizer import VectorQuantizerConfig
 from pecobook.settings.values import replace
 from pecobook.utils.distributed import gather_rows, world_size
+from pecobook.utils.vectors import unit_length
 
 _KMEANS_ITERATIONS = 10
 _START_VECTORS = 2**18  # number of vectors from which k-means starts a codebook of up to 65,536 codewords, at most
@@ -119,7 +120,7 @@ class VectorQuantizer(nn.Module):
         """Quantise z (B, D, h, w). In training mode, also store the vectors for the next `update`."""
         B, _, h, w = z.shape
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=1) if self.config.normalise else z.float()
+            z = unit_length(z.float()) if self.config.normalise else z.float()
             if self.training and self._bypass:
                 self._bypassed = True
                 # 0 x sum: every parameter must take part in every step, since DDP requires that.

@@ -34,6 +34,7 @@ from pecobook.models.control_quantizers import build_quantizer
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
 from pecobook.models.feature_target import FeatureTarget
+from pecobook.models.group_norm import GroupNorm
 from pecobook.models.initial import Start, start_tokenizer, take_parts, training_weights, write_training_weights
 from pecobook.models.perceptual import PerceptualDistance, PerceptualSum, build_perceptual_distance
 from pecobook.models.quantizer import Quantized
@@ -45,6 +46,7 @@ from pecobook.utils.distributed import mean_over_ranks
 from pecobook.utils.files import without_folders
 from pecobook.utils.images import to_float
 
+_MIN_GROUP = 4  # channels, as VQGAN's smallest group
 Frozen: TypeAlias = PerceptualDistance | PerceptualSum | FeatureTarget
 """The frozen network of the loss."""
 
@@ -82,7 +84,7 @@ class CodebookStage(Stage[CodebookConfig]):
             state = training_weights(config.init)
             take_parts(self, {n: v for n, v in state.items() if not n.startswith("tokenizer.")}, self.start, skip=skip)
         frozen_notes = (*frozen.notes, *frozen.input_notes(config.image_size)) if frozen is not None else ()
-        self.notes = (*frozen_notes, *self.start.notes)
+        self.notes = (*frozen_notes, *small_groups(self.tokenizer), *self.start.notes)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
@@ -346,6 +348,18 @@ def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> St
     """Load the weights of `--init` into the tokenizer; without `--init` nothing is taken."""
     vectors = config.batch_size * (config.image_size / config.model.stride) ** 2
     return start_tokenizer(tokenizer, config.init, vectors=vectors) if config.init else Start("")
+
+
+def small_groups(tokenizer: PerceptualTokenizer) -> tuple[str, ...]:
+    """Return a line for the user if a group of GroupNorm holds too few channels for a bounded gradient."""
+    norms = [module for module in tokenizer.modules() if isinstance(module, GroupNorm)]
+    smallest = min((norm.num_channels // norm.num_groups for norm in norms), default=_MIN_GROUP)
+    if smallest >= _MIN_GROUP:
+        return ()
+    return (
+        f"GroupNorm has groups of {smallest} (channels): gradients of flat images may be infinite, and codes become "
+        f"positions. Give --model.group-size {_MIN_GROUP} or more, and no layer fewer than {_MIN_GROUP} channels.",
+    )
 
 
 def _frozen_network(config: CodebookConfig) -> Frozen | None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
+from pecobook.analysis.position import position_baseline
 from pecobook.data.batch import Batch
 from pecobook.data.masking import make_mask
 from pecobook.data.sampler import key
@@ -126,7 +127,18 @@ class PretrainStage(Stage[PretrainConfig]):
         accuracy = 100 * (best == targets).float().mean()
         predicts = getattr(self.tokenizer, "predicts", "")  # features, so that there is nothing to draw
         pictures = {} if self.training or predicts else self._pictures(images, mask, codes, best)
-        return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
+        rows = {} if self.training else {"codes": codes, "mask": mask}
+        return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures, rows)
+
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return the accuracy in percent of the most frequent code of each position, on at most 2,000 images.
+
+        A model whose accuracy is not above it has learned only where codes occur (`pecobook.analysis.position`).
+        """
+        if "codes" not in rows:
+            return {}
+        baseline = position_baseline(rows["codes"][:2000], rows["mask"][:2000])
+        return {} if baseline is None else {"accuracy_of_position": baseline}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile the whole network once more
     def _probed(self, images: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pecobook.analysis import figures as draw
-from pecobook.analysis.position import commonest_code_accuracy
+from pecobook.analysis.position import position_baseline
 from pecobook.analysis.reconstruction import decode_all, encode_all, hide, predict_masked
 from pecobook.analysis.wording import unique_names
 from pecobook.commands.analyze.pictures import evenly_spaced, resize_nearest
@@ -75,25 +74,6 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
         records.append(record)
         run.cpu()
     return Predictions(records, columns)
-
-
-def position_baseline(codes: Tensor, mask: Tensor) -> float | None:
-    """Return the percentage of masked codes that are the most frequent code of their position in other images.
-
-    The images with even indices and the images with odd indices predict each other.
-
-    Args:
-        codes: int64 (N, h, w).
-        mask: bool (N, h, w), True = masked; equally many patches are masked in each image.
-
-    Returns:
-        the percentage, or None for a single image.
-    """
-    if len(codes) < 2:
-        return None
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-    accuracies = [commonest_code_accuracy(codes[b], codes[a], mask[a]) for a, b in ((even, odd), (odd, even))]
-    return float(np.average(accuracies, weights=[len(codes[even]), len(codes[odd])]))
 
 
 def _masks(grid: tuple[int, int], share: float, count: int, min_block: int, seed: int) -> Tensor:

@@ -68,7 +68,7 @@ def evaluate_tokenizer(
     seed: int,
     classifier: RestrictedClassifier | None = None,
 ) -> tuple[TokenizerMetrics, Tensor]:
-    """Measure codebook usage, reconstruction quality, position dependence, and probe accuracy on held-out images.
+    """Measure usage, reconstructions, dependence on the position, information and probe accuracy on held-out images.
 
     Args:
         name: name of the tokenizer.
@@ -103,6 +103,7 @@ def evaluate_tokenizer(
     values["position"] = {key: _rounded(value, 4) for key, value in dependence.items()}
     moved = moved_codes(tokenizer, larger, tokenizer.stride)
     values["position"]["moved"] = {key: _rounded(value) for key, value in moved.items()}
+    values["information"] = _information(seed, K, images, codes, labels)
     probe_values, correct = code_probes(tokenizer, codes, labels, train, seed)
     shown = evenly_spaced(len(images))
     originals = next(float_parts(images[shown]))
@@ -173,8 +174,6 @@ def analyze_tokenizer(
     )
     K, values = tokenizer.num_codewords, metrics.values
     values["source"] = tokenizer_input.source
-    show("  mutual information with classes, colours and edges")
-    values["information"] = _information(config, K, images, codes, labels)
     show("  codes of distorted images")
     few = to_float(images[:STABILITY_IMAGES])
     unchanged = stability(tokenizer, few, codes[:STABILITY_IMAGES], tokenizer.stride)
@@ -284,7 +283,7 @@ def code_probes(
 
 
 def _information(
-    config: AnalyzeConfig, num_codewords: int, images: Tensor, codes: Tensor, labels: Tensor | None
+    seed: int, num_codewords: int, images: Tensor, codes: Tensor, labels: Tensor | None
 ) -> dict[str, dict[str, float]]:
     """Measure the information of codes about classes (if there are labels), colours and edges, also given position."""
     grid = (codes.shape[1], codes.shape[2])
@@ -292,8 +291,8 @@ def _information(
     values |= {"colour": patch_colours(images, grid), "edges": patch_edges(images, grid)}
     results = {}
     for kind, value in values.items():
-        shares = dataclasses.asdict(information(codes, value, num_codewords, seed=config.seed))
-        shares["given_position"] = information_given_position(codes, value, seed=config.seed)
+        shares = dataclasses.asdict(information(codes, value, num_codewords, seed=seed))
+        shares["given_position"] = information_given_position(codes, value, seed=seed)
         results[kind] = {name: round(share, 4) for name, share in shares.items()}
     return results
 

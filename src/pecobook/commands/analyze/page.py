@@ -116,7 +116,13 @@ def _summary(results: Mapping[str, Any], tokenizers: Tokenizers) -> tuple[str, .
             for kind, words in INFORMATION
             if kind in tokenizer["information"]
         ]
-        lines.append(f"A code of {tokenizer['name']} contains {', '.join(parts)}.")
+        line = f"A code of {tokenizer['name']} contains {', '.join(parts)}."
+        if "position" in tokenizer:
+            share, null = (100 * tokenizer["position"][key] for key in ("share", "null_share"))
+            line += (
+                f" About its position in the image it contains {share:.1f}%, where permuted codes contain {null:.1f}%."
+            )
+        lines.append(line)
     lines.append("Each tokenizer was trained once, so these numbers do not show the variation between trainings.")
     return tuple(lines)
 

@@ -185,6 +185,7 @@ class Answers:
                     "size": one.tokenizer.image_size,
                     "images": one.found.num_images,
                     "labelled": one.labels is not None,
+                    "position": [round(100 * share, 1) for share in (one.position.share, one.position.null_share)],
                 }
                 for name, one in self.tokenizers.items()
             ],

@@ -18,7 +18,7 @@ from pecobook.analysis.arrays import evaluation_mode
 from pecobook.analysis.atlas import Atlas, arrange, tile_of
 from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.occurrences import MIN_IMAGES, ClassCounts, Occurrences, class_counts, main_places, occurrences
-from pecobook.analysis.position import MIN_PATCHES, commonest_code_accuracy
+from pecobook.analysis.position import MIN_PATCHES, Position, commonest_code_accuracy, position_dependence
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.source import ImageSource
@@ -31,6 +31,7 @@ from pecobook.utils.printer import say
 EXEMPLARS, NEIGHBOURS, TOP = 30, 8, 5
 PAGE = 80
 """Number of codewords on a page of the list."""
+_POSITION_IMAGES = 2000
 SORTS = ("use", "lift", "purity", "place", "number")
 Json = dict[str, Any]
 
@@ -52,6 +53,8 @@ class IndexedTokenizer:
     by_class: ClassCounts | None
     places: tuple[NDArray[np.int64], NDArray[np.int64]]
     """Each codeword's most frequent place, row after row, and its number of patches there, (K,) each."""
+    position: Position
+    """How far the codes of at most `_POSITION_IMAGES` images depend on the position."""
     colours: NDArray[np.uint8]
     """(K, 3): similar codewords have similar colours."""
     examples: Tensor
@@ -123,7 +126,10 @@ def indexed(
     by_class = None if labels is None else class_counts(found, labels, len(classes))
     colours = code_colours(tokenizer.codebook.detach().float().cpu())
     places = main_places(found)
-    return IndexedTokenizer(name, tokenizer, rows, codes, found, classes, labels, by_class, places, colours, examples)
+    position = position_dependence(codes[:: -(-len(codes) // _POSITION_IMAGES)])
+    return IndexedTokenizer(
+        name, tokenizer, rows, codes, found, classes, labels, by_class, places, position, colours, examples
+    )
 
 
 def code_colours(codebook: Tensor) -> NDArray[np.uint8]:

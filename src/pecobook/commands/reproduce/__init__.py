@@ -3,6 +3,7 @@
 duel.py       a study of our own, beside the paper's tables
 budgets.py    the size and the length of every kind of run
 plan.py       the runs of all rows, each run once
+given.py      checks of what the user names for the runs
 listing.py    the plan as text, as JSON and as a file of commands
 slurm.py      the plan as a script for Slurm
 rehearsal.py  a few steps of each kind of run before the runs start
@@ -24,15 +25,14 @@ from pecobook.analysis.wording import duration
 from pecobook.commands.jobs import Outcome, run_all, seconds_of
 from pecobook.commands.paper_tables import chosen_tables
 from pecobook.commands.reproduce import listing, rehearsal, slurm, tables
+from pecobook.commands.reproduce.given import check_given
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, PecobookError, Preflight, some_of
-from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace, to_dict
-from pecobook.stages.codebook import CodebookStage
 from pecobook.utils.extras import require
 from pecobook.utils.files import write_atomically
 from pecobook.utils.folder_lock import FolderLock
@@ -114,11 +114,13 @@ def _preflight(config: ReproduceConfig) -> Plan:
     preflight.check(_folder(config).check)
     for flag, name in (("commands", config.commands), ("slurm", config.slurm)):
         preflight.check(partial(_check_file, flag, name))
+    if config.commands and Path(config.commands).resolve() == Path(config.slurm).resolve():
+        preflight.problems.append(ConfigError("--commands and --slurm name one file: give each its own."))
     plan = None
     if paper_tables is not None and splits is not None:
         plan = preflight.check(partial(Plan, config, paper_tables, splits))
     if plan is not None:
-        _check_perceptual_networks(plan, preflight)
+        _check_plan(plan, preflight)
     preflight.finish()
     assert plan is not None
     assert splits is not None
@@ -126,23 +128,17 @@ def _preflight(config: ReproduceConfig) -> Plan:
     return plan
 
 
-def _check_perceptual_networks(plan: Plan, preflight: Preflight) -> None:
-    """Check that the user's perceptual networks fit the images of their codebooks; networks trained here always do."""
-    to_check = {}
-    for job in plan.jobs.values():
-        if job.command == "codebook" and not job.needs and not job.finished:
-            perceptual = job.config.perceptual
-            to_check[perceptual.network, perceptual.layers, perceptual.weights, job.config.image_size] = job.config
-    for settings in to_check.values():
-        preflight.check(partial(_check_codebook, settings))
-
-
-def _check_codebook(settings: CodebookConfig) -> None:
-    try:
-        CodebookStage.check(settings)
-    except PecobookError as error:  # the message names the flags of `codebook`, which differ here
-        text = str(error).replace("--perceptual.layers", "--network-layers")
-        raise ConfigError(text.replace("--perceptual.weights", "--network-weights")) from None
+def _check_plan(plan: Plan, preflight: Preflight) -> None:
+    config = plan.config
+    check_given(plan, preflight, download=config.train and not (config.dry_run or config.commands or config.slurm))
+    if not plan.jobs:
+        figures = [pair for table in plan.tables.values() for pair in table.figures]
+        preflight.problems.append(ConfigError("\n".join(["There is nothing to run.", *plan.unmeasured(figures)])))
+    names = [config.data, config.out, str(Path.cwd()), *(name for job in plan.jobs.values() for name in job.words)]
+    broken = next((name for name in names if "\n" in name), None)
+    if broken is not None and (config.commands or config.slurm):
+        flag = "commands" if config.commands else "slurm"
+        preflight.problems.append(ConfigError(f"--{flag}: {broken!r} has a line break: rename it."))
 
 
 def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.training import BackboneConfig, OptimConfig
 from pecobook.settings.values import replace
-from pecobook.utils.json_files import NUMBER, OBJECT, read_json
+from pecobook.utils.json_files import NUMBER, OBJECT, Kind, is_number, read_json
 
 CONTROLS = ("perceptual-random", "perceptual-shuffled")
 LABELS_PER_CLASS = 100
@@ -225,7 +225,7 @@ class Duel:
             if self.config.supervised:
                 return self.config.supervised, ""
             contrast_folder, contrast_job = self._network("perceptual", seed)  # names the architecture
-            name = f"network-supervised-{seed}"
+            name = f"network-labels-{seed}"  # the names differ from those of the tables' runs, which are others
             settings = self._run(self.budget.supervised, name, seed, backbone=contrast_folder)
             self._add(name, "finetune", settings, contrast_job)
         else:
@@ -236,7 +236,7 @@ class Duel:
     def _codebook(self, arm: str, setting: Setting, seed: int) -> tuple[str, str]:
         """Plan the tokenizer of an arm; returns its folder and the name of its job."""
         head, _, how = arm.partition("-")
-        name = f"codebook-{arm}{'+rising' if setting.rising else ''}-{seed}"
+        name = f"codebook-{arm}+{'rising' if setting.rising else 'steady'}-{seed}"
         base, network_job = self.budget.codebook, ""
         if head in ("pixel", "classification"):
             explicit = ExplicitConfig() if head == "pixel" else ExplicitConfig(kind="classification")
@@ -270,10 +270,19 @@ class Duel:
         return self._out(name), name
 
 
+_LAYERS = Kind(
+    "an object with an accuracy of each layer", lambda v: OBJECT.holds(v) and v and all(map(is_number, v.values()))
+)
+_PROBE = {"linear": {"accuracy": NUMBER, "layers": _LAYERS}, "knn": {"accuracy": NUMBER}}
+
+
+def _read_probe(file: Path) -> dict[str, Any]:
+    return read_json(file, _PROBE, remedy="Delete that file, and start again.")
+
+
 def validation_accuracy(file: Path) -> float:
     """Return the best validation accuracy over the layers of a probe, percent."""
-    layers = read_json(file, {"linear": {"layers": OBJECT}})["linear"]["layers"]
-    return float(max(layers.values()))
+    return float(max(_read_probe(file)["linear"]["layers"].values()))
 
 
 def probe_figures(jobs: Mapping[str, Job], run: str) -> dict[str, float]:
@@ -281,7 +290,7 @@ def probe_figures(jobs: Mapping[str, Job], run: str) -> dict[str, float]:
     job = jobs.get(f"probe-{run}")
     if job is None or not job.finished:
         return {}
-    probe = read_json(job.out, {kind: {"accuracy": NUMBER} for kind in ("linear", "knn")})
+    probe = _read_probe(job.out)
     values = {kind: float(probe[kind]["accuracy"]) for kind in ("linear", "knn")}
     return values | {"validation": validation_accuracy(job.out)}
 

@@ -58,7 +58,7 @@ class Plan:
         self.duel = Duel(config, splits, self.add, self._run_settings) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
             for name, table in tables.items():
-                for row in table.all_rows:
+                for row in () if self._waits_for_data(table) else table.all_rows:
                     if name in (DUEL, TUNING):
                         assert self.duel is not None
                         self.duel.add(*parse_run(self.run_of(name, row.arm)), seed, tuning=name == TUNING)
@@ -107,6 +107,10 @@ class Plan:
         missing = {heading: self.missing_for_figure(figure) for figure, heading in figures}
         return [f"Not measured: {heading} (needs {needs})." for heading, needs in missing.items() if needs]
 
+    def _waits_for_data(self, table: PaperTable) -> bool:
+        """Whether a table has only figures for which --segmentation-data or --detection-data is missing."""
+        return all(self.missing_for_figure(figure).endswith("-data SOURCE") for figure, _ in table.figures)
+
     def canonical(self, arm: str) -> str:
         """Return one name for arms with equal trainings: the default network of all rows also has a row in Table 5."""
         part = Arm.parse(arm)
@@ -149,12 +153,26 @@ class Plan:
         num_images = num_images or len(self.splits.train)
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
         length = max(round(length * times), 1)
+        changes = self._scaled_rates(base, num_images) | changes
         common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range}
         common |= {"seed": seed, "out": self.out(name)}
         common |= {"micro_batch_size": self.config.micro_batch_size}
         common |= {"compile": self.config.compile} if isinstance(base, CompileTrainConfig) else {}
         saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
         return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})
+
+    def _scaled_rates(self, base: TrainConfig, num_images: int) -> dict[str, Any]:
+        """Return warm-up and milestones of the learning rate in steps, shortened or prolonged as the training is."""
+        factor, optim = self.config.length, base.optim
+        if factor == 1:
+            return {}
+
+        def scaled(text: str) -> str:
+            if "%" in text:
+                return text
+            return str(round(factor * steps(text, num_images=num_images, batch_size=base.batch_size)))
+
+        return {"optim.warmup": scaled(optim.warmup), "optim.milestones": tuple(map(scaled, optim.milestones))}
 
     # ---------------------------------------------------------------------------------------- networks and codebooks
 

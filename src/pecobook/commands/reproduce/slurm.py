@@ -11,6 +11,8 @@ from pecobook.recipes import RECIPES
 
 _MOST_GPUS = 8
 """GPUs of a training at budget paper, unless GPUS or --gpus-per-run says another number."""
+_MOST_TASKS = 1000
+"""Tasks of an array; Slurm's MaxArraySize, unless an administrator changed it, is 1,001."""
 
 _START = """\
 #!/bin/bash
@@ -86,10 +88,10 @@ def script(plan: Plan) -> str:
 
 
 def _kind_and_index(plan: Plan, name: str) -> tuple[str, int]:
-    """Return the array of a job and its place there: that of its seed, or 0 for a job of no seed."""
+    """Return the array of a job and its place there, that of its seed; further arrays take what one cannot hold."""
     kind, _, seed = name.rpartition("-")
-    seeds = [str(number) for number in plan.config.seeds]
-    return (kind, seeds.index(seed)) if kind and seed in seeds else (name, 0)
+    part, index = divmod(plan.config.seeds.index(int(seed)), _MOST_TASKS)
+    return (f"{kind}+part{part}" if part else kind), index
 
 
 def _dependency(plan: Plan, names: dict[int, str], arrays: dict[str, dict[int, str]], variables: dict[str, str]) -> str:

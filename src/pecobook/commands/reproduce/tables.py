@@ -68,7 +68,7 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     tokenizer = Arm.parse(arm).target
     job = plan.jobs.get(f"judged-{tokenizer}-{seed}") or plan.jobs.get(f"analysis-{tokenizer}-{seed}")
     if job is not None and job.finished:
-        (metrics,) = read_analysis(job.out)["tokenizers"]
+        metrics = read_analysis(job.out)["tokenizers"][0]
         names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")
         figures |= {figure: metrics.get(figure) for figure in names}
         for figure, key in (("position", "share"), ("null_position", "null_share")):

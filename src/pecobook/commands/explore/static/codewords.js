@@ -14,7 +14,9 @@ export async function showList(get) {
     place: `the percentage of patches at the most frequent place, of codewords with ${value.min_patches} patches or more`,
     number: "the number of the codeword",
   };
-  $("meaning").textContent = `Below each codeword: ${meanings[sort]}. ${number(value.used)} of ${number(value.total)} are in use.`;
+  const [share, permuted] = tokenizerOf(tokenizer).position.map(percent);
+  $("meaning").textContent = `Below each codeword: ${meanings[sort]}. ${number(value.used)} of ${number(value.total)} are in use. ` +
+    `A code contains ${share} of the information about its position in the image, permuted codes ${permuted}.`;
   $("page").textContent = `page ${value.page} of ${value.pages}`;
   $("previous").disabled = value.page <= 1;
   $("next").disabled = value.page >= value.pages;
