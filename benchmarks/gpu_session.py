@@ -40,11 +40,14 @@ def bench(name: str, *words: str) -> tuple[str, ...]:
     return (f"benchmarks.{name}", *words)
 
 
-def compiled_rows(batch_size: int, *more: str) -> tuple[str, ...]:
-    rows = ("pecobook, bf16, compiled", *(f"pecobook, bf16, compiled, {words}" for words in _SETTINGS), *more)
-    return bench("pretrain_step", "--batch-size", str(batch_size), "--repeats", "10", "--rows", *rows)
+def pretrain(batch_size: int, *rows: str, repeats: int = 10) -> tuple[str, ...]:
+    return bench("pretrain_step", "--batch-size", str(batch_size), "--repeats", str(repeats), "--rows", *rows)
 
 
+_COMPILED = "pecobook, bf16, compiled"
+_SETTINGS = "--attention triton", "--attention triton, --residual bf16"
+ROWS = (_COMPILED, *(f"{_COMPILED}, {words}" for words in _SETTINGS))
+PEERS = ("pecobook, bf16, compiled", "diffusers and lpips, bf16, compiled")
 KERNELS = ("tests/models/test_attention_triton.py", "tests/models/test_nearest_triton.py")
 _SHORT = ("--max-steps", "2", "--workers", "0", "--batch-size", "2")
 _BLIND = ("--data", "photos", "--image-size", "64", "--overwrite", "--precision", "bf16", "--compile")
@@ -56,15 +59,23 @@ def parts(out: Path) -> list[Part]:
     return [
         Part("kernel-tests", 20, 90, ("pytest", "-q", "-m", "gpu", *KERNELS), ("pytest", "-q", KERNELS[0])),
         Part("attention", 15, 60, bench("attention"), bench("attention", "--toy")),
-        Part("pretrain-128", 60, 240, compiled_rows(128, "transformers, bf16, compiled")),
-        Part("pretrain-512", 60, 150, compiled_rows(512)),
+        Part(
+            "pretrain-128",
+            60,
+            240,
+            pretrain(128, *ROWS, "transformers, bf16, compiled"),
+            pretrain(1, "pecobook, bf16", "transformers, bf16", repeats=1),
+        ),
+        Part("pretrain-512", 60, 150, pretrain(512, *ROWS)),
+        Part("micro", 20, 60, bench("micro"), bench("micro", "--toy")),
         Part(
             "codebook",
             60,
             150,
-            bench("codebook_peer", "--batch-size", "64", "--rows", *(f"{peer}, bf16, compiled" for peer in _PEERS)),
+            bench("codebook_peer", "--batch-size", "64", "--rows", *PEERS),
+            bench("codebook_peer", "--batch-size", "1", "--repeats", "1", "--rows", "pecobook, bf16"),
         ),
-        Part("pretrain-1024", 60, 120, compiled_rows(1024)),
+        Part("pretrain-1024", 60, 120, pretrain(1024, *ROWS)),
         Part(
             "nearest",
             20,
@@ -90,15 +101,10 @@ def parts(out: Path) -> list[Part]:
             "pretrain-autotune",
             90,
             240,
-            bench("pretrain_step", "--batch-size", "128", "--repeats", "10", "--rows", _TUNED),
+            pretrain(128, f"{_COMPILED}, --compile-mode max-autotune"),
         ),
-        Part("gpu-tests", 60, 300, ("pytest", "-q", "-x", "-m", "gpu")),
+        Part("gpu-tests", 60, 300, ("pytest", "-q", "-x", "-m", "gpu"), ("pytest", "-q", "-m", "gpu", "tests/engine")),
     ]
-
-
-_SETTINGS = "--attention triton", "--attention triton, --residual bf16"
-_TUNED = "pecobook, bf16, compiled, --compile-mode max-autotune"
-_PEERS = ("pecobook", "diffusers and lpips")
 
 
 def run(name: str, words: tuple[str, ...], out: Path, seconds: float, *, toy: bool) -> str:

@@ -1,0 +1,52 @@
+"""The session on a GPU (`benchmarks.gpu_session`): no part can take the time of the others, or end them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_session
+from benchmarks.gpu_session import Part, parts
+
+
+def test_session__goes_on_after_a_crash_and_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def python(code: str) -> tuple[str, ...]:
+        return ("timeit", "-n", "1", "-r", "1", code)
+
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    session = [
+        Part("crash", 0, 30, python("1 / 0")),
+        Part("hang", 0, 1, python(f"print('begun', flush=True); {child}")),
+        Part("good", 0, 30, python("print('here')")),
+        Part("long", 600, 900, python("1")),
+    ]
+    monkeypatch.setattr(gpu_session, "parts", lambda _out: session)
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--minutes", "2", "--out", str(tmp_path)])
+    start = time.monotonic()
+    gpu_session.main()
+
+    assert time.monotonic() - start < 30  # the hanging part would sleep for a minute, and so would its child
+    rows = [json.loads(line) for line in (tmp_path / "session.jsonl").read_text().splitlines()]
+    verdicts = {row["part"]: row["verdict"] for row in rows}
+    assert verdicts["crash"].startswith("failed")
+    assert verdicts["hang"] == "ended after 1 s"
+    assert verdicts["good"] == "done"
+    assert verdicts["long"].startswith("left out")
+    assert "begun" in (tmp_path / "hang.txt").read_text()
+    assert "ZeroDivisionError" in (tmp_path / "crash.txt").read_text()
+
+
+def test_parts__have_names_of_their_own_and_rows_that_exist(tmp_path: Path) -> None:
+    from benchmarks import codebook_peer, pretrain_step
+
+    session = parts(tmp_path)
+    assert len({part.name for part in session}) == len(session)
+    rows = {"benchmarks.pretrain_step": pretrain_step.ROWS, "benchmarks.codebook_peer": codebook_peer.ROWS}
+    for part in session:
+        for words in (part.words, part.toy):
+            if words and words[0] in rows:
+                assert set(words[words.index("--rows") + 1 :]) <= set(rows[words[0]]), part.name
