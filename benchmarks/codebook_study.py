@@ -78,6 +78,14 @@ TITLES = {
 COMPARED = ("crossed_probe", "crossed_bag_probe", "codeword_probe", "judged")
 """Metrics whose differences between arms are printed."""
 
+CURVES = {
+    "psnr": "PSNR, dB",
+    "position": "position in codes, %",
+    "crossed_probe": "probe, position removed",
+    "crop": "codes that move, %",
+}
+"""Metrics that --curves draws, and the short titles of the panels."""
+
 
 def controls_of(arm: str) -> list[str]:
     """Return the arms that an arm is compared with: pixels alone, and the same network with random weights."""
@@ -242,6 +250,27 @@ def _train_feature_network(seed: int, arguments: argparse.Namespace) -> None:
         command("contrast", "tiny", *words)
 
 
+def write_curves(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw means over seeds by the length of a training; each point is a training of its own that has ended."""
+    from statistics import fmean
+
+    from pecobook.analysis.charts import training_curves
+
+    sets = {arm: len({row["set"] for row in rows if row["arm"] == arm}) for arm in ARMS}
+    points: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for row in sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), row["length"])):
+        name = f"{row['arm']} {row['set']}" if sets[row["arm"]] > 1 else row["arm"]
+        points.setdefault(name, {}).setdefault(row["length"], []).append(row)
+    curves = {
+        name: [
+            {"step": length, **{CURVES[m]: fmean(row[m] for row in group) for m in CURVES}}
+            for length, group in lengths.items()
+        ]
+        for name, lengths in points.items()
+    }
+    file.write_bytes(training_curves(curves, list(CURVES.values())))
+
+
 def main() -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--data", default="photos")
@@ -258,6 +287,7 @@ def main() -> None:
     parser.add_argument("--contrast-steps", type=int, default=300)
     parser.add_argument("--set", default="", type=str.split, help="further flags of every codebook, in one string")
     parser.add_argument("--contrast-set", default="", type=str.split, help="further flags of the feature network")
+    parser.add_argument("--curves", type=Path, help="PNG file: figures by length, for several --lengths")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = Path(arguments.out)
@@ -277,6 +307,8 @@ def main() -> None:
     order = list(ARMS)
     rows = [{"set": "", **record} for record in records(out)]
     print(table(rows, ["length", "arm", "set"], TITLES, lambda key: (key[0], key[2], order.index(key[1]))))
+    if arguments.curves:
+        write_curves(rows, arguments.curves)
     pairs = [(arm, control) for arm in ARMS for control in controls_of(arm) if arm != control]
     for length, settings in sorted({(row["length"], row["set"]) for row in rows}):
         members = [row for row in rows if (row["length"], row["set"]) == (length, settings)]
