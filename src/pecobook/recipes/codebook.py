@@ -81,7 +81,7 @@ def imagenette() -> CodebookConfig:
     """Photographs at 128 pixels, 64 tokens for an image, 1,024 codewords, 20 epochs.
 
     Command: pecobook codebook imagenette --data IMAGENETTE --perceptual.network runs/contrast --out runs/codebook
-    Result: after 1.3 epochs, three seeds, under SqueezeNet's features: 18.1 dB (pixel loss alone: 18.0), 1,023 codewords
+    Result: after 1.3 epochs, three seeds, under SqueezeNet: 18.1 dB (pixel loss alone: 18.0), 1,023 codewords
         used, position within 2.5 points of permuted codes, 55% of the codes move with a crop (docs/results.md).
     Cost: 11 GFLOP for an image (counted, without the perceptual network); 7 images/s on one CPU core with SqueezeNet
         (measured), so 23 minutes for one epoch of 9,469 images there.
