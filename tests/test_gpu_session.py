@@ -45,8 +45,11 @@ def test_parts__have_names_of_their_own_and_rows_that_exist(tmp_path: Path) -> N
 
     session = parts(tmp_path)
     assert len({part.name for part in session}) == len(session)
-    rows = {"benchmarks.pretrain_step": pretrain_step.ROWS, "benchmarks.codebook_peer": codebook_peer.ROWS}
+    rows = {
+        "benchmarks.pretrain_step": set(pretrain_step.ROWS),
+        "benchmarks.codebook_peer": set(codebook_peer.ROWS),
+    }
     for part in session:
         for words in (part.words, part.toy):
             if words and words[0] in rows:
-                assert set(words[words.index("--rows") + 1 :]) <= set(rows[words[0]]), part.name
+                assert set(words[words.index("--rows") + 1 :]) <= rows[words[0]], part.name
