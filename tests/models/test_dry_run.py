@@ -16,12 +16,12 @@ from pecobook.errors import PecobookError, WeightsError
 from pecobook.models.dense.pyramid import build_pyramid
 from pecobook.models.dry_run import dry_run, leaks
 from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
+from pecobook.models.masked_check import check_network
 from pecobook.models.masked_vit import MaskedImageModel, VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import Backbone, load_backbone
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.settings.segment import SegmentConfig
-from pecobook.stages.pretrain import check_network
 from tests.runs import train
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}

@@ -63,7 +63,7 @@ def _share_and_bound(flat: NDArray[np.int64]) -> tuple[float, float]:
 
 def _bits(codes: NDArray[np.int64], values: NDArray[np.int64]) -> float:
     """Compute the mutual information in bits of two arrays of one shape, from the pairs that occur."""
-    codes, values = codes.ravel().astype(np.int64), values.ravel().astype(np.int64)
+    codes, values = (array.ravel().astype(np.int64, copy=False) for array in (codes, values))
     pairs = codes * (int(values.max()) + 1) + values
     each, other, joint = (np.unique(array, return_counts=True)[1] for array in (codes, values, pairs))
     return max(entropy(each) + entropy(other) - entropy(joint), 0.0)

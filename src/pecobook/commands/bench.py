@@ -22,13 +22,14 @@ from pecobook.engine.dry_run import autocast
 from pecobook.engine.launch import resolve_precision
 from pecobook.engine.optim import build_optimizer
 from pecobook.engine.value_range import open_readable
+from pecobook.models.masked_check import check_grids
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, recipe
 from pecobook.settings.bench import BenchConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.values import replace
 from pecobook.stages.codebook import build_tokenizer
-from pecobook.stages.pretrain import PretrainStage, check_grids, encode_views
+from pecobook.stages.pretrain import PretrainStage, encode_views
 from pecobook.utils import devices
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
