@@ -78,8 +78,20 @@ def test_plan__no_arm_has_a_handicap(images: Path, tmp_path: Path) -> None:
     assert pixels.mask.num_masked == 12  # three quarters of 16
 
 
+def test_plan__trains_first_what_the_power_is_read_from(images: Path, tmp_path: Path) -> None:
+    """A budget without power can so be stopped before its other arms."""
+    names = list(make_plan(images, tmp_path, "duel", seeds=(0, 1)).jobs)
+    probes = [name.removeprefix("probe-").partition("+")[0] for name in names if name.startswith("probe")]
+    assert probes[:3] == ["supervised", "classification", "pixel"]
+    assert sorted(probes[:8]) == sorted(probes[8:])  # seed by seed
+    assert len(set(probes)) == 8
+    first_secondary = next(place for place, name in enumerate(names) if name.startswith(("few", "analysis")))
+    assert all(name.endswith("-0") for name in names[:first_secondary])
+    assert sum(name.startswith("probe") for name in names[:first_secondary]) == 8
+
+
 def test_budgets__have_the_masks_of_their_grids() -> None:
-    for name, patches in (("tiny", 16), ("small", 64), ("paper", 196)):
+    for name, patches in (("tiny", 16), ("small", 16), ("paper", 196)):
         budget = duel_budget(name)
         assert (budget.codebook.image_size // budget.codebook.model.stride) ** 2 == patches
         assert budget.pixels.mask.num_masked == 3 * patches // 4

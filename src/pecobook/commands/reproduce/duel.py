@@ -44,6 +44,8 @@ CONTROLS = ("perceptual-random", "perceptual-shuffled")
 LABELS_PER_CLASS = 100
 POWER = 2.0
 """Points by which a power control must beat the pixel codebook, or the budget can show nothing."""
+FIRST = ("supervised", "classification", "pixel")
+"""The arms from which the power is read; they are trained first, the longest chain of jobs at the head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +65,24 @@ class DuelBudget:
 
 
 def duel_budget(name: str) -> DuelBudget:
-    """Return the budget `tiny` (32 pixels), `small` (128 pixels, for CPUs) or `paper` (224 pixels, for a GPU)."""
+    """Return the budget `tiny` (32 pixels), `small` (64 pixels, for CPUs) or `paper` (224 pixels, for a GPU)."""
     if name == "tiny":
         network = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160")
         return _budget(network, codebook.tiny(), pretrain.tiny(), "20 epochs", views=4)
     if name == "small":
-        network = dataclasses.replace(contrast.cifar10(), batch_size=256, image_size=64)
-        tokenizer = dataclasses.replace(codebook.imagenette(), max_steps="5 epochs")
-        vit = BackboneConfig(name="vit_tiny_patch16_224", args='{"init_values": 0.1}')
-        masked = dataclasses.replace(pretrain.imagenette(), max_steps="50 epochs", model=vit)
-        return _budget(network, tokenizer, masked, "100 epochs", views=4)
+        network = dataclasses.replace(
+            contrast.cifar10(), batch_size=256, image_size=64, max_steps="20 epochs", precision="bf16"
+        )
+        base = codebook.imagenette()
+        decoder = dataclasses.replace(base.model, decoder_width=0.5)
+        tokenizer = dataclasses.replace(base, image_size=64, max_steps="2 epochs", precision="fp32", model=decoder)
+        vit = BackboneConfig(
+            name="vit_tiny_patch16_224", args='{"patch_size": 16, "depth": 6, "embed_dim": 192, "init_values": 0.1}'
+        )
+        masked = dataclasses.replace(
+            pretrain.tiny(), max_steps="25 epochs", image_size=64, precision="bf16", model=vit, save_every=500
+        )
+        return _budget(network, tokenizer, masked, "60 epochs", views=4)
     masked = dataclasses.replace(
         pretrain.imagenette(), max_steps="200 epochs", image_size=224, mask=MaskConfig(num_masked=75)
     )
@@ -87,6 +97,7 @@ def _budget(
         batch_size=100,
         max_steps=length,
         image_size=masked.image_size,
+        precision=masked.precision,
         optim=OptimConfig(lr=1e-3, warmup="10%", layer_decay=0.75),
         min_crop=0.3,
         eval_crop=1.0,
@@ -99,6 +110,7 @@ def _budget(
         batch_size=network.batch_size,
         max_steps=network.max_steps,
         image_size=network.image_size,
+        precision=network.precision,
         optim=OptimConfig(lr=1e-3, warmup="10%"),
     )
     num_patches = (tokenizer.image_size // tokenizer.model.stride) ** 2
@@ -136,16 +148,24 @@ class Duel:
         self.budget = duel_budget(config.budget)
         self.out = Path(config.out)
 
-    def add(self, arm: str, setting: Setting, seed: int, *, tuning: bool = False) -> None:
-        """Plan everything that an arm needs at a seed; the tuning leaves out what reads test images."""
+    def add(self, arms: Mapping[str, Setting], seed: int) -> None:
+        """Plan a seed: first what the power is read from, then the other arms' probes, last the secondary figures."""
+        for arm in sorted(arms, key=lambda arm: FIRST.index(arm) if arm in FIRST else len(FIRST)):
+            self.add_probe(arm, arms[arm], seed)
+        for arm, setting in arms.items():
+            self._add_secondary(arm, setting, seed)
+
+    def add_probe(self, arm: str, setting: Setting, seed: int) -> None:
+        """Plan the ViT of an arm, all that it needs, and its probe: all that the tuning reads."""
         vit, vit_job = self._vit(arm, setting, seed)
         weights = "random" if arm == "scratch" else ""
         name = f"probe-{run_name(arm, setting)}-{seed}"
         out = f"{self._out(name)}.json"
-        common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
-        self._add(name, "probe", ProbeConfig(backbone=vit, weights=weights, out=out, **common), vit_job)
-        if tuning:
-            return
+        self._add(name, "probe", ProbeConfig(backbone=vit, weights=weights, out=out, **self._common(seed)), vit_job)
+
+    def _add_secondary(self, arm: str, setting: Setting, seed: int) -> None:
+        """Plan fine-tuning on few labels and the analysis of the codes."""
+        vit, vit_job = self._vit(arm, setting, seed)
         name = f"few-{run_name(arm, setting)}-{seed}"
         changes: dict[str, Any] = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
         changes |= {"data": str(self.few_folder), "backbone": vit}
@@ -154,7 +174,11 @@ class Duel:
         if arm not in ("scratch", "pixels"):
             tokenizer, job = self._codebook(arm, setting, seed)
             name = f"analysis-{run_name(arm, setting)}-{seed}"
-            self._add(name, "analyze", AnalyzeConfig(tokenizer=tokenizer, out=self._out(name), **common), job)
+            analysis = AnalyzeConfig(tokenizer=tokenizer, out=self._out(name), **self._common(seed))
+            self._add(name, "analyze", analysis, job)
+
+    def _common(self, seed: int) -> dict[str, Any]:
+        return {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
 
     def chosen(self, arm: str) -> Setting:
         """Return the setting of an arm with the best validation accuracy in the folder; the default without a tuning.

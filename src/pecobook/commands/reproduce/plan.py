@@ -58,11 +58,11 @@ class Plan:
         self.duel = Duel(config, splits, self.add, self._run_settings) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
             for name, table in tables.items():
+                if name in (DUEL, TUNING):
+                    self._add_study(name, [row.arm for row in table.all_rows], seed)
+                    continue
                 for row in () if self._waits_for_data(table) else table.all_rows:
-                    if name in (DUEL, TUNING):
-                        assert self.duel is not None
-                        self.duel.add(*parse_run(self.run_of(name, row.arm)), seed, tuning=name == TUNING)
-                    elif not self.missing_for_arm(row.arm):
+                    if not self.missing_for_arm(row.arm):
                         arm = self.canonical(row.arm)
                         if Arm.parse(arm).target not in NO_TOKENIZER:
                             self._add_analysis(
@@ -70,6 +70,14 @@ class Plan:
                             )
                         if config.transfer:
                             self._add_transfers(kinds_of(dict(table.figures)), arm, seed)
+
+    def _add_study(self, table: str, arms: list[str], seed: int) -> None:
+        assert self.duel is not None
+        if table == TUNING:
+            for arm in arms:
+                self.duel.add_probe(*parse_run(arm), seed)
+        else:
+            self.duel.add({arm: self.duel.chosen(arm) for arm in arms}, seed)
 
     def missing_for_arm(self, arm: str) -> str:
         """Return what is missing to train an arm; an empty text when nothing is missing."""
