@@ -165,7 +165,6 @@ class VectorQuantizerKeywords(TypedDict, total=False):
     eps: float
     revive_after: int
     start_after: int
-    learning: Literal["ema", "gradient"]
     normalise: bool
     precision: Literal["fp32", "tf32", "bf16"]
 

@@ -121,8 +121,8 @@ def _of_tokenizer(config: ProbeConfig, splits: Splits) -> tuple[Results, int, st
     layers = layer_accuracies(few, labels[:_EVERY_LAYER], seed=seed)
     del few
     best = _best(layers)
-    chosen = [{best: _OF_CODES[best](codes, codebook)} for codes in (train, test)]
-    results = probe_features(*chosen, labels, test_labels, seed=seed, layers=layers)
+    of_train, of_test = ({best: _OF_CODES[best](codes, codebook)} for codes in (train, test))
+    results = probe_features(of_train, of_test, labels, test_labels, seed=seed, layers=layers)
     if (halves := opposite_halves(train, test)) is not None:
         crossed_train, crossed_test = (mean_codewords(codes, codebook) for codes in halves)
         crossed = linear_probe(crossed_train, labels, crossed_test, test_labels, seed=seed)

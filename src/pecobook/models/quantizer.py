@@ -81,7 +81,7 @@ class VectorQuantizer(nn.Module):
         self.config = replace(num_codewords, settings)
         self.num_codewords, self.dim, self.seed = self.config.num_codewords, dim, seed
         codebook = torch.randn(self.num_codewords, dim) / dim**0.5
-        if self.config.by_gradient:
+        if self.config.kind == "gradient":
             self.register_parameter("codebook", nn.Parameter(codebook))
         else:
             self.register_buffer("codebook", codebook)
@@ -137,7 +137,7 @@ class VectorQuantizer(nn.Module):
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment_loss = F.mse_loss(z, quantized.detach())
             codebook_loss = commitment_loss.detach()
-            if self.config.by_gradient:
+            if self.config.kind == "gradient":
                 codebook_loss = F.mse_loss(quantized, z.detach())
             # Straight-through: the forward value is the codeword, the backward pass is the identity.
             quantized = z + (quantized - z).detach()
@@ -220,7 +220,7 @@ class VectorQuantizer(nn.Module):
                 dist.all_reduce(sums)
             self.ema_sum[tile].lerp_(sums, 1 - config.decay)
             codewords = self.codebook[tile]
-            if config.by_gradient:
+            if config.kind == "gradient":
                 if config.normalise:
                     codewords.copy_(self._on_sphere(codewords))
             else:

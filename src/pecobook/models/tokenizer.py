@@ -16,8 +16,9 @@ from pecobook.models.export import Card, Exported
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.snippets import TO_GREY, quoted, read_image_call
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
+from pecobook.settings.changes import complete
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig, VectorQuantizerConfig
-from pecobook.settings.values import complete, replace, to_dict
+from pecobook.settings.values import replace, to_dict
 from pecobook.utils.devices import exporting
 from pecobook.utils.images import as_images, check_shape
 

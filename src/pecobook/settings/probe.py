@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.images import MAX_IMAGE_SIZE, ImagesConfig, NormalisationConfig
-from pecobook.settings.values import LARGEST, between, positive
+from pecobook.settings.values import LARGEST, between, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ProbeConfig(ImagesConfig, NormalisationConfig):
     """Measure linear probe and k-NN accuracy of a frozen backbone, or of a tokenizer's codewords."""
 
