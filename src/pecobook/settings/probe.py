@@ -8,7 +8,10 @@ from pecobook.settings.values import LARGEST, between, positive, settings_class
 
 @settings_class
 class ProbeConfig(ImagesConfig, NormalisationConfig):
-    """Measure linear probe and k-NN accuracy of a frozen backbone, or of a tokenizer's codewords."""
+    """Measure linear probe and k-NN accuracy of a frozen backbone, or of a tokenizer's codewords.
+
+    --backbone names either: a backbone, or a tokenizer such as a codebook run.
+    """
 
     data: str = "photos"
     """Labelled images: a folder of class folders, a parquet file or folder, tar shards, hf:owner/name, or photos."""
