@@ -227,11 +227,18 @@ def pretrained_vits(results: Results) -> Section | None:
     )
     note = (
         "Loss and code accuracy cannot be compared between rows: each model predicts the codes of its own "
-        "codebook, and some codes are easier to predict without being better. The position alone gives the accuracy "
-        "of the most frequent code of each position: what is above it was read from the image. Linear and k-NN are "
+        "codebook, and some codes are easier to predict without being better. What exceeds "
+        "the accuracy of the commonest code of the position was read from the image. Linear and k-NN are "
         "accuracies on test images."
     )
-    header = ("Trained on codes of", "Loss", "Code accuracy, %", "By position alone, %", "Linear, %", "k-NN, %")
+    header = (
+        "Trained on codes of",
+        "Loss",
+        "Code accuracy, %",
+        "Commonest code of the position, %",
+        "Linear, %",
+        "k-NN, %",
+    )
     return Section("Pre-trained transformers", text, table=Table(header, rows, note))
 
 
