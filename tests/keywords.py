@@ -78,8 +78,8 @@ def render() -> str:
         bases = [name_of(base) for base in config.__bases__ if dataclasses.is_dataclass(base)] or ["TypedDict"]
         hints = typing.get_type_hints(config)
         lines = [f"class {name_of(config)}({', '.join(bases)}, total=False):"]
-        kind = f"the keywords of `{commands[config]}`" if config in commands else f"as {config.__name__}"
-        lines.append(f'    """{kind[0].upper()}{kind[1:]}."""\n')
+        if config in commands:
+            lines.append(f'    """The keywords of `{commands[config]}`."""\n')
         own = [name for name in inspect.get_annotations(config) if name in hints]
         inherited: dict[str, Any] = {}
         for base in filter(dataclasses.is_dataclass, config.__bases__):

@@ -164,7 +164,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--quantizer.decay 1", "1", "below 1"),
         ("--quantizer.eps 0", "0", "above 0"),
         ("--quantizer.revive-after -1", "-1", "or above"),
-        ("--quantizer.learning sgd", "sgd", "ema, gradient"),
+        ("--quantizer.kind sgd", "sgd", "ema, gradient"),
         ("--quantizer.commitment nan", "nan", "finite"),
         ("--perceptual.network resnet50", "resnet50", "timm:NAME"),
         ("--perceptual.network timm:resnet51", "resnet51", "Did you mean 'resnet5"),

@@ -14,16 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pecobook.settings
+from pecobook.settings.changes import FREE_ON_RESUME, changed_settings, complete
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tracking import TrackingConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig, OptimConfig
 from pecobook.settings.values import (
-    FREE_ON_RESUME,
     between,
-    changed_settings,
     coerce,
-    complete,
     flag,
     flags,
     load,

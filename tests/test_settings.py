@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
+import pkgutil
 import re
+import typing
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
 
+import pecobook.settings
 from pecobook import cli
 from pecobook.commands.table import COMMANDS
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
+from pecobook.settings.changes import changed_settings, complete
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.detect import DetectConfig
@@ -25,7 +30,7 @@ from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenize import TokenizeConfig
 from pecobook.settings.training import BaseOptimConfig, OptimConfig
-from pecobook.settings.values import changed_settings, complete, flags, load, replace, to_dict
+from pecobook.settings.values import flag, flags, load, replace, to_dict
 
 
 def refused(text: str) -> Any:
@@ -178,14 +183,40 @@ def test_random_weights__get_no_layer_decay_unless_it_is_given(command: str, tmp
     assert load(base, tmp_path).optim.layer_decay == 0.7  # of a run from before this rule, or of one that asked for it
 
 
-def test_load_and_changed_settings__ignore_retired_settings(tmp_path: Path) -> None:
-    now = to_dict(ContrastConfig(seed=3))
-    old = {**now, "optim": {**now["optim"], "layer_decay": 0.5}, "colour": {**now["colour"], "blur": 1, "solarise": 1}}
+def test_load_and_changed_settings__take_runs_of_version_0_1_0(tmp_path: Path) -> None:
+    """Of a setting that is gone, a value that had no effect is left out, and another is refused."""
+    now = to_dict(CodebookConfig(seed=3))
+    old = {**now, "quantizer": {**now["quantizer"], "learning": "ema"}}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert load(ContrastConfig(), tmp_path) == ContrastConfig(seed=3)
-    assert changed_settings(complete(old, to_dict(ContrastConfig())), now) == []
-    (tmp_path / "config.json").write_text('{"min_crop": 0.5, "optim": {"layer_decay": 0.5}}')
-    assert load(SegmentConfig(), tmp_path).optim.layer_decay == 0.5
-    assert load(FinetuneConfig(), tmp_path).min_crop == 0.5
-    before, after = (to_dict(FinetuneConfig(min_crop=share)) for share in (0.1, 0.2))
-    assert changed_settings(before, after) == ["min-crop: 0.1 -> 0.2"]
+    assert load(CodebookConfig(), tmp_path) == CodebookConfig(seed=3)
+    assert changed_settings(complete(old, now), now) == []
+    old["quantizer"]["learning"] = "gradient"
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with refused("Unknown setting 'quantizer.learning'"):
+        load(CodebookConfig(), tmp_path)
+    assert changed_settings(complete(old, now), now) == ["quantizer.learning: gradient -> None"]
+
+
+def settings_classes() -> list[type[Any]]:
+    modules = [
+        importlib.import_module(f"pecobook.settings.{module.name}")
+        for module in pkgutil.iter_modules(pecobook.settings.__path__)
+    ]
+    classes = {c for module in modules for c in vars(module).values() if dataclasses.is_dataclass(c)}
+    return sorted((c for c in classes if isinstance(c, type)), key=lambda c: c.__name__)
+
+
+@pytest.mark.parametrize("kind", settings_classes())
+def test_settings__refuse_what_is_none_of_the_choices_also_in_python(kind: type[Any]) -> None:
+    hints = typing.get_type_hints(kind)
+    assert hasattr(kind.__init__, "__wrapped__"), f"{kind.__name__} is not made by settings_class"
+    for field in dataclasses.fields(kind):
+        value: Any = ("mirror",) if typing.get_origin(hints[field.name]) is tuple else "mirror"
+        if "Literal" in repr(hints[field.name]):
+            with refused(f"--{flag(field.name)} "):
+                kind(**{field.name: value})
+
+
+def test_settings__built_in_python_have_the_declared_types() -> None:
+    assert CodebookConfig(resume="false").resume is False  # type: ignore[arg-type]
+    assert CodebookConfig(resume="auto").resume == "auto"

@@ -11,15 +11,11 @@ Text: TypeAlias = str | Path | float
 
 
 class ImagesKeywords(TypedDict, total=False):
-    """As ImagesConfig."""
-
     data: Any
     value_range: Sequence[float | Text]
 
 
 class TrackingKeywords(TypedDict, total=False):
-    """As TrackingConfig."""
-
     project: Text
     entity: Text
     group: Text
@@ -28,8 +24,6 @@ class TrackingKeywords(TypedDict, total=False):
 
 
 class BaseOptimKeywords(TypedDict, total=False):
-    """As BaseOptimConfig."""
-
     name: Literal["adamw", "adam", "lars"]
     lr: float
     lr_batch_size: int
@@ -46,8 +40,6 @@ class BaseOptimKeywords(TypedDict, total=False):
 
 
 class TrainKeywords(ImagesKeywords, total=False):
-    """As TrainConfig."""
-
     out: Text
     seed: int
     devices: Text
@@ -81,36 +73,26 @@ class TrainKeywords(ImagesKeywords, total=False):
 
 
 class CompileTrainKeywords(TrainKeywords, total=False):
-    """As CompileTrainConfig."""
-
     compile: bool
     compile_mode: Literal["default", "max-autotune"]
 
 
 class CropTrainKeywords(CompileTrainKeywords, total=False):
-    """As CropTrainConfig."""
-
     min_crop: float
 
 
 class ProbedTrainKeywords(CropTrainKeywords, total=False):
-    """As ProbedTrainConfig."""
-
     probe_data: Text
     probe_every: int
     probe_images: int
 
 
 class BackboneKeywords(TypedDict, total=False):
-    """As BackboneConfig."""
-
     name: Text
     args: Text
 
 
 class JitterKeywords(TypedDict, total=False):
-    """As JitterConfig."""
-
     brightness: float
     contrast: float
     saturation: float
@@ -138,8 +120,6 @@ class ContrastKeywords(ProbedTrainKeywords, total=False):
 
 
 class AutoencoderKeywords(TypedDict, total=False):
-    """As AutoencoderConfig."""
-
     channels: Sequence[int]
     latent_dim: int
     num_blocks: int
@@ -154,8 +134,6 @@ class AutoencoderKeywords(TypedDict, total=False):
 
 
 class VectorQuantizerKeywords(TypedDict, total=False):
-    """As VectorQuantizerConfig."""
-
     kind: Literal["ema", "gradient", "fsq", "simvq", "lfq", "ibq"]
     levels: Sequence[int]
     entropy_weight: float
@@ -165,20 +143,15 @@ class VectorQuantizerKeywords(TypedDict, total=False):
     eps: float
     revive_after: int
     start_after: int
-    learning: Literal["ema", "gradient"]
     normalise: bool
     precision: Literal["fp32", "tf32", "bf16"]
 
 
 class QuantizerKeywords(VectorQuantizerKeywords, total=False):
-    """As QuantizerConfig."""
-
     commitment: float
 
 
 class PerceptualDistanceKeywords(TypedDict, total=False):
-    """As PerceptualDistanceConfig."""
-
     network: Any
     weights: Text
     shuffle: bool
@@ -191,16 +164,12 @@ class PerceptualDistanceKeywords(TypedDict, total=False):
 
 
 class PerceptualKeywords(PerceptualDistanceKeywords, total=False):
-    """As PerceptualConfig."""
-
     weight: float
     also: Sequence[Text]
     warmup: int
 
 
 class AdversarialKeywords(TypedDict, total=False):
-    """As AdversarialConfig."""
-
     weight: float
     width: int
     num_layers: int
@@ -208,8 +177,6 @@ class AdversarialKeywords(TypedDict, total=False):
 
 
 class ExplicitKeywords(TypedDict, total=False):
-    """As ExplicitConfig."""
-
     kind: Literal["none", "classification", "contrastive"]
     weight: float
     temperature: float
@@ -219,8 +186,6 @@ class ExplicitKeywords(TypedDict, total=False):
 
 
 class TargetKeywords(TypedDict, total=False):
-    """As TargetConfig."""
-
     layer: Text
     weights: Text
     input_size: int
@@ -243,30 +208,22 @@ class CodebookKeywords(CropTrainKeywords, total=False):
 
 
 class ResidualKeywords(TypedDict, total=False):
-    """As ResidualConfig."""
-
     residual: Literal["fp32", "bf16"]
 
 
 class DecoderKeywords(TypedDict, total=False):
-    """As DecoderConfig."""
-
     depth: int
     width: int
     num_heads: int
 
 
 class MaskKeywords(TypedDict, total=False):
-    """As MaskConfig."""
-
     kind: Literal["block", "random"]
     num_masked: int
     min_block: int
 
 
 class PhotometricKeywords(JitterKeywords, total=False):
-    """As PhotometricConfig."""
-
     blur: float
     solarise: float
 
@@ -289,23 +246,17 @@ class PretrainKeywords(ProbedTrainKeywords, ResidualKeywords, total=False):
 
 
 class StartKeywords(TypedDict, total=False):
-    """As StartConfig."""
-
     backbone: Any
     weights: Text
     drop_path: float
 
 
 class NormalisationKeywords(TypedDict, total=False):
-    """As NormalisationConfig."""
-
     mean: Sequence[float]
     std: Sequence[float]
 
 
 class OptimKeywords(BaseOptimKeywords, total=False):
-    """As OptimConfig."""
-
     layer_decay: float
 
 
@@ -326,24 +277,18 @@ class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, 
 
 
 class SegmenterKeywords(TypedDict, total=False):
-    """As SegmenterConfig."""
-
     head_width: int
     auxiliary_width: int
     auxiliary_weight: float
 
 
 class PyramidKeywords(TypedDict, total=False):
-    """As PyramidConfig."""
-
     window: int
     checkpointing: bool
     frozen: bool
 
 
 class SegmentTestKeywords(TypedDict, total=False):
-    """As SegmentTestConfig."""
-
     mode: Text
     stride: float
     max_side: int
@@ -370,8 +315,6 @@ class SegmentKeywords(CompileTrainKeywords, SegmenterKeywords, StartKeywords, No
 
 
 class DetectorKeywords(TypedDict, total=False):
-    """As DetectorConfig."""
-
     width: int
     head_width: int
     proposals: int

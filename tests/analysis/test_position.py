@@ -8,14 +8,17 @@ import torch
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
+from pecobook.analysis.codewords import mean_codewords
 from pecobook.analysis.position import (
     MIN_PATCHES,
     checkerboard,
     commonest_code_accuracy,
     information_given_position,
     moved_codes,
+    opposite_halves,
     position_dependence,
 )
+from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.semantics import joint_counts, mutual_information
 
 
@@ -151,3 +154,19 @@ def test_commonest_code_accuracy() -> None:
     assert commonest_code_accuracy(train, codes, torch.ones_like(codes, dtype=torch.bool)) == pytest.approx(400 / 6)
     mask = torch.tensor([[[True, False]], [[False, True]], [[False, False]]])
     assert commonest_code_accuracy(train, codes, mask) == pytest.approx(50)
+
+
+def test_opposite_halves__a_probe_is_at_chance_for_codes_that_are_positions() -> None:
+    """A vocabulary of its own at each position tells the class to the plain probe alone."""
+    labels = torch.arange(300) % 3
+    contents, book = labels[:, None, None].expand(300, 4, 4), torch.randn(48, 8)
+    private = contents + 3 * torch.arange(16).view(4, 4)
+    accuracy = {}
+    for name, codes in (("contents", contents), ("private", private)):
+        halves = opposite_halves(codes, codes[:200])
+        assert halves is not None
+        train, test = (mean_codewords(half, book) for half in halves)
+        accuracy[name] = linear_probe(train, labels, test, labels[:200]).accuracy
+    assert accuracy["contents"] > 99
+    assert accuracy["private"] < 67
+    assert opposite_halves(contents[:, :1, :3], contents[:, :1, :3]) is None

@@ -98,7 +98,8 @@ def distinct() -> dict[str, Any]:
                     }
                     for k, kind in enumerate(("label", "colour", "edges"))
                 },
-                "mim": {"loss": 4.25 + i, "accuracy": 17.5 + i, "linear": 50.0 + i, "knn": 60.0 + i},
+                "mim": {"loss": 4.25 + i, "accuracy": 17.5 + i, "linear": 50.0 + i, "knn": 60.0 + i}
+                | {"accuracy_of_position": 12.5 + i},
             }
         )  # fmt: skip
     pairs = [
@@ -237,12 +238,14 @@ def test_each_number_of_a_transformer_is_in_its_column() -> None:
     data = distinct()
     data["tokenizers"][1]["mim"] = None
     table = cells(compose(data, {}, [], {}), "Trained on codes of", "Loss")
-    expected = {("untrained", "Loss"): "–", ("untrained", "Code accuracy, %"): "–"}
+    by_position = "Commonest code of the position, %"
+    expected = {("untrained", name): "–" for name in ("Loss", "Code accuracy, %", by_position)}
     expected |= {("untrained", "Linear, %"): "41.5 ± 2.5", ("untrained", "k-NN, %"): "42.5 ± 2.5"}
     for i, name in ((0, "pixel"), (2, "perceptual")):
         expected |= {
             (name, "Loss"): f"{4.25 + i:.2f}",
             (name, "Code accuracy, %"): f"{17.5 + i:.1f}",
+            (name, by_position): f"{12.5 + i:.1f}",
             (name, "Linear, %"): f"{50 + i:.1f} ± 2.5",
             (name, "k-NN, %"): f"{60 + i:.1f} ± 2.4",
         }

@@ -173,20 +173,15 @@ probabilities = model(transform(Image.open("photo.jpg"))[None]).softmax(1)[0].de
         assert [class_name for _, class_name in alone] == [class_name for class_name, _ in expected["wide0.png"]]
 
 
-@pytest.mark.parametrize("version", ["new", "old"])
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_masked_backbone__gives_the_mean_of_its_patches_in_every_form(
-    name: str, version: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Masked modelling trains no class token. Exports of earlier versions name no pooling."""
-    pooling = {} if version == "old" else {"global_pool": "avg"}
-    body, args = network(name, 0, **pooling)
+    """Masked modelling trains no class token."""
+    body, args = network(name, 0, global_pool="avg")
     Backbone(body, name, args, MEAN, STD, 32, target="tokens").save_pretrained(tmp_path / "run/export")
     run, library = tmp_path / "run", Backbone.from_pretrained(tmp_path / "run")
     forms = {"closing": library.loading_code(str(run / "export"))}
-    if version == "old":  # the lines write no weights: they are those of an export of today
-        library.save_pretrained(tmp_path / "new")
-        forms = {"closing": library.loading_code(str(tmp_path / "new"))}
     for form in ("onnx", "timm", "hf") if name.startswith("beit") else ("onnx", "timm"):
         forms[form] = run_export(run, tmp_path / form, form, capsys)
     finetuned = load_backbone(str(run), pool_mean=True)

@@ -102,6 +102,8 @@ for name in ("config.json", "environment.json"):
     (out / name).write_text("{{}}")
 if "fails" in out.name:
     sys.exit("no luck")
+if "killed" in out.name:
+    os.kill(os.getpid(), 9)
 time.sleep(60 if "long" in out.name else 0.3)
 (out / "export" / "config.json").write_text("{{}}")
 """
@@ -179,6 +181,11 @@ def test_run_all__goes_on_after_a_failed_run_and_repeats_only_what_is_missing(ru
     assert run_all(jobs, runs) == Outcome()
     assert (runs / "good" / "process.json").stat().st_mtime_ns == before
     assert all(job.finished for job in jobs.values())
+
+
+def test_run_all__says_which_signal_ended_a_run(runs: Path) -> None:
+    outcome = run_all({"killed": job(runs, "killed")}, runs)
+    assert outcome.failed == {"killed": "started\nIt was ended by SIGKILL, as the system does where memory is short."}
 
 
 def test_run_all__shares_the_jobs_of_a_folder_with_other_processes(runs: Path) -> None:
@@ -330,3 +337,6 @@ def test_progress__counts_finished_runs_where_no_duration_is_known(
     }
     Progress(jobs).show()
     assert capfd.readouterr().err == " 75%, 1 of 2 runs finished: b 50%\n"
+    jobs["b"] = job(tmp_path, "c")  # has logged no step yet
+    Progress(jobs).show({"b"})
+    assert capfd.readouterr().err == " 50%, 1 of 2 runs finished: b 0%\n"

@@ -17,7 +17,7 @@ from pecobook.analysis.features import backbone_features
 from pecobook.analysis.position import position_dependence
 from pecobook.analysis.probe import linear_probe
 from pecobook.commands.extract import extract
-from pecobook.commands.probe import crossed, probe, probe_features
+from pecobook.commands.probe import probe, probe_features
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
 from pecobook.errors import ConfigError, DataError
@@ -115,16 +115,6 @@ def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run:
         probe(data=str(images), backbone=str(vit_run / "export" / "model.safetensors"))
 
 
-def test_crossed__is_at_chance_for_codes_that_are_positions() -> None:
-    """A vocabulary of its own at each position tells the class to the plain probe alone."""
-    labels = torch.arange(300) % 3
-    contents, book = labels[:, None, None].expand(300, 4, 4), torch.randn(48, 8)
-    private = contents + 3 * torch.arange(16).view(4, 4)
-    assert crossed(contents, contents, labels, labels, book, seed=0)["crossed"]["accuracy"] > 99
-    assert crossed(private, private, labels, labels, book, seed=0)["crossed"]["accuracy"] < 67
-    assert crossed(contents[:, :1, :3], contents[:, :1, :3], labels, labels, book, seed=0) == {}
-
-
 def test_probe__of_a_tokenizer_reads_its_codewords(
     images: Path, codebook_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,8 +127,29 @@ def test_probe__of_a_tokenizer_reads_its_codewords(
     share, null = (100 * value for value in dataclasses.astuple(position_dependence(codes))[:2])
     line = f"contains {share:.1f}% of the information about its position in the image, permuted codes {null:.1f}%."
     assert line in capsys.readouterr().err
+    other_seed = dataclasses.astuple(position_dependence(codes, seed=1))[1]
+    probe(data=str(images), backbone=str(codebook_run), seed=1)
+    assert f"permuted codes {100 * other_seed:.1f}%." in capsys.readouterr().err
     probing = sys.modules["pecobook.commands.probe"]  # the package has a function of this name
-    # Of many images a part chooses the features, and the others are not kept of all.
+    monkeypatch.setattr(probing, "_EVERY_LAYER", 18)  # of many images a part chooses the features
+    rows: list[int] = []
+    accuracies = probing.layer_accuracies
+
+    def note(features: dict[str, Tensor], labels: Tensor, *, seed: int) -> dict[str, float]:
+        rows.extend(len(values) for values in (*features.values(), labels))
+        return accuracies(features, labels, seed=seed)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(probing, "layer_accuracies", note)
+    again = probe(data=str(images), backbone=str(codebook_run))
+    assert set(again["linear"]["layers"]) == {"mean codeword", "bag of codes"}
+    assert rows == [18, 18, 18]
+    assert len(again["crossed"]["correct"]) == 2
+
+
+def test_probe__of_a_backbone_chooses_the_layer_on_a_part_of_many_images(
+    images: Path, vit_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probing = sys.modules["pecobook.commands.probe"]
     monkeypatch.setattr(probing, "_EVERY_LAYER", 18)
     kept: list[tuple[set[str], int]] = []
 
@@ -148,7 +159,7 @@ def test_probe__of_a_tokenizer_reads_its_codewords(
         return features, labels
 
     monkeypatch.setattr(probing, "extract", note)
-    again = probe(data=str(images), backbone=str(codebook_run))
-    assert set(again["linear"]["layers"]) == {"mean codeword", "bag of codes"}
-    chosen = {again["linear"]["features"], "codes"}
-    assert kept == [({"mean codeword", "bag of codes", "codes"}, 18), (chosen, 22), (chosen, 2)]
+    results = probe(data=str(images), backbone=str(vit_run))
+    layers, chosen = set(results["linear"]["layers"]), {results["linear"]["features"]}
+    assert layers == {"block 1 mean", "block 2 mean"}
+    assert kept == [(layers, 18), (chosen, 22), (chosen, 2)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,24 +223,6 @@ def test_push_to_hub__sends_the_export_of_a_network(
     assert sent["options"] == {"private": True, "revision": "v2", "message": "m"}
     assert sent["files"].keys() == {"config.json", "model.safetensors", "README.md"}
     assert header(sent["files"]["README.md"])["license"] == "mit"
-
-
-def test_push__paths_in_an_older_export_stay_at_home(
-    codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The sentence on the training once named the data as the user gave them."""
-    run, sent = tmp_path / "run", dict[str, Any]()
-    shutil.copytree(codebook_run, run)
-    data = json.loads((run / "config.json").read_text())["data"]
-    config = json.loads((run / "export" / "config.json").read_text())
-    assert data not in config["origin"]
-    config["origin"] = f"On `{data}`."
-    (run / "export" / "config.json").write_text(json.dumps(config))
-    (run / "export" / "config.json.sha256").unlink()
-    monkeypatch.setattr("pecobook.commands.push.publish", lambda _repo, files, **_: sent.update(files) or "url")
-    push(run=str(run), repo="me/cb")
-    assert json.loads(sent["config.json"])["origin"] == f"On `{Path(data).name}`."
-    assert data.encode() not in sent["README.md"]
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,16 @@ def test_check__resumes_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     now = CodebookConfig(out=str(tmp_path), resume=True)
     settings = {**to_dict(now), "command": "codebook"}
     del settings["pixel_weight"], settings["adversarial"]["start"]
+    settings["quantizer"]["learning"] = "ema"
     (tmp_path / "config.json").write_text(json.dumps(settings))
     run_folder.check(now, "codebook")
     later = replace(now, {"adversarial.start": 5})
     with pytest.raises(RunFolderError, match=r"those of the run in .*: adversarial\.start: 0 -> 5\."):
         run_folder.check(later, "codebook")
+    del settings["value_range"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(RunFolderError, match=r"--resume: the run in .* is of a version before 0\.1\.0: name another"):
+        run_folder.check(now, "codebook")
 
 
 def test_check__resume_may_change_devices_and_logging(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def clustered(number: int, dim: int, per_cluster: int, seed: int = 0) -> Tensor:
     return noisy[torch.randperm(len(noisy), generator=generator)]
 
 
-def started(learning: str, **more: Any) -> VectorQuantizer:
-    quantizer = VectorQuantizer(16, 4, learning=learning, **more)
+def started(kind: str, **more: Any) -> VectorQuantizer:
+    quantizer = VectorQuantizer(16, 4, kind=kind, **more)
     quantizer(latents(4, 4, 4, 0))
     quantizer.update()
     return quantizer

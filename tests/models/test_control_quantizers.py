@@ -19,7 +19,6 @@ from pecobook.models.control_quantizers import (
     build_quantizer,
     sign_entropies,
 )
-from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig, VectorQuantizerConfig
@@ -206,13 +205,6 @@ def test_two_processes__count_as_one(two_processes: TwoProcesses) -> None:
     whole = run_rank(0, 1)
     for state in two_processes.run(run_rank):
         assert all(torch.equal(value, whole[name]) for name, value in state.items())
-
-
-def test_gradient__is_the_kind_and_the_earlier_name() -> None:
-    for settings in ({"kind": "gradient"}, {"learning": "gradient"}):
-        quantizer = build_quantizer(VectorQuantizerConfig(num_codewords=8, **settings), 4)  # type: ignore[arg-type]
-        assert isinstance(quantizer, VectorQuantizer)
-        assert isinstance(quantizer.codebook, nn.Parameter)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ from pecobook import Backbone, Classifier, Detector, PerceptualTokenizer, Segmen
 from pecobook.errors import WeightsError
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
 from pecobook.models.export import Exported
-from pecobook.models.weights import create_network
+from pecobook.models.weights import create_network, load_backbone
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectorConfig
 from pecobook.settings.images import AUTO
 from pecobook.settings.segment import SegmenterConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
+from pecobook.utils.checksums import write_with_checksum
 
 NAME = "vit_tiny_patch16_224"
 ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
@@ -124,6 +125,24 @@ def test_config__is_that_of_earlier_versions(kind: str, tmp_path: Path) -> None:
         },
     }
     assert json.loads((tmp_path / "config.json").read_text()) == {"kind": kind, **expected[kind]}
+
+
+def test_exports_before_0_1_0__are_refused(tmp_path: Path) -> None:
+    build_kind("tokenizer").save_pretrained(tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "config.json"
+    config = json.loads(file.read_text())
+    del config["model"]["group_size"]
+    write_with_checksum(file, json.dumps(config).encode())
+    with pytest.raises(
+        WeightsError, match=r"no 'model\.group_size', a whole number, which exports have since version 0\.1"
+    ):
+        PerceptualTokenizer.from_pretrained(tmp_path / "tokenizer")
+    network = Backbone(create_network(NAME, num_classes=0, **ARGS), NAME, ARGS, *INPUT, target="tokens")
+    network.save_pretrained(tmp_path / "backbone")
+    for load in (Backbone.from_pretrained, load_backbone):
+        with pytest.raises(WeightsError, match=r"masked modelling before version 0\.1\.0"):
+            load(str(tmp_path / "backbone"))
+    assert load_backbone(str(tmp_path / "backbone"), pool_mean=True).args["global_pool"] == "avg"
 
 
 def test_state__is_plain_and_without_training_only_weights(tmp_path: Path) -> None:

@@ -323,9 +323,9 @@ def test_update__is_that_of_vector_quantize_pytorch(decay: float) -> None:
 
 
 def test_init__takes_settings_by_name_or_as_one_object() -> None:
-    named = VectorQuantizer(num_codewords=16, dim=4, decay=0.5, learning="gradient")
-    whole = VectorQuantizer(QuantizerConfig(num_codewords=16, decay=0.5, learning="gradient"), 4)
-    assert named.config == VectorQuantizerConfig(num_codewords=16, decay=0.5, learning="gradient")
+    named = VectorQuantizer(num_codewords=16, dim=4, decay=0.5, kind="gradient")
+    whole = VectorQuantizer(QuantizerConfig(num_codewords=16, decay=0.5, kind="gradient"), 4)
+    assert named.config == VectorQuantizerConfig(num_codewords=16, decay=0.5, kind="gradient")
     assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
     with pytest.raises(ConfigError, match=r"--decay must be at least 0 and below 1"):
         VectorQuantizer(16, 4, decay=2.0)

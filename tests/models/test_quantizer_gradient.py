@@ -47,7 +47,7 @@ def test_gradient__update_counts_and_revives_and_moves_nothing_else() -> None:
 
 
 def test_gradient__before_the_start_every_parameter_takes_part() -> None:
-    quantizer = VectorQuantizer(16, 4, learning="gradient", start_after=1)
+    quantizer = VectorQuantizer(16, 4, kind="gradient", start_after=1)
     quantizer(latents(2, 4, 4, 0)).codebook_loss.backward()
     assert quantizer.codebook.grad is not None
     assert not quantizer.codebook.grad.any()

@@ -28,7 +28,7 @@ def trained(**settings: Any) -> VectorQuantizer:
     return module
 
 
-@pytest.mark.parametrize("settings", [{}, {"normalise": True}, {"learning": "gradient"}])
+@pytest.mark.parametrize("settings", [{}, {"normalise": True}, {"kind": "gradient"}])
 @pytest.mark.parametrize("tile", [1, 42, 6 * 49])
 def test_update__does_not_depend_on_the_tiles(
     tile: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -263,7 +263,7 @@ def test_explicit__contrastive_keys_follow_the_encoder() -> None:
 
 
 def test_gradient_codebook__adds_the_middle_term() -> None:
-    config = QuantizerConfig(num_codewords=24, commitment=0.25, learning="gradient")
+    config = QuantizerConfig(num_codewords=24, commitment=0.25, kind="gradient")
     stage = make(balance=False, quantizer=config)
     output = stage(batch())
     expected = output.metrics["pixel"] + 1.25 * output.metrics["commitment"]
@@ -290,7 +290,7 @@ def test_grey_images__are_read_as_one_channel() -> None:
     ("settings", "message"),
     [
         ({"model": AutoencoderConfig(in_channels=4)}, "3 channels or 1"),
-        ({"quantizer": QuantizerConfig(learning="gradient"), "strategy": "fsdp"}, "use --strategy ddp"),
+        ({"quantizer": QuantizerConfig(kind="gradient"), "strategy": "fsdp"}, "use --strategy ddp"),
         ({"adversarial": AdversarialConfig(weight=1, num_layers=7)}, "too many layers for 224-pixel images"),
     ],
 )
@@ -305,7 +305,7 @@ def test_config__refuses(settings: dict[str, Any], message: str) -> None:
         {"adversarial.weight": 0.4, "adversarial.width": 4, "adversarial.num_layers": 1},
         {"explicit.kind": "classification"},
         {"explicit.kind": "contrastive", "explicit.hidden_dim": 8, "explicit.output_dim": 4},
-        {"quantizer.learning": "gradient"},
+        {"quantizer.kind": "gradient"},
         {"model.kind": "vit", "model.channels": (16, 4), "model.num_heads": 2},
         {"model.in_channels": 1},
     ],

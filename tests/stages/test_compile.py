@@ -16,7 +16,7 @@ from tests.runs import inputs, train
 
 STEPS = 8
 NETWORK = {"perceptual.network": "timm:resnet10t", "perceptual.weights": "random", "perceptual.layers": (1, 2)}
-ADVERSARIAL = {"quantizer.learning": "gradient", "adversarial.weight": 0.4, "adversarial.num_layers": 1}
+ADVERSARIAL = {"quantizer.kind": "gradient", "adversarial.weight": 0.4, "adversarial.num_layers": 1}
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_init__of_a_run_of_the_command_takes_every_weight(
 def test_init__is_in_config_card_and_log(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     run = train("codebook", images, tmp_path / "next", init=str(codebook_run), max_steps="1")
     assert json.loads((run / "config.json").read_text())["init"] == str(codebook_run)
-    line = f"taken from '{codebook_run}' (--init): encoder, decoder, 24 codewords, their averages"
+    line = f"taken from '{codebook_run.name}' (--init): encoder, decoder, 24 codewords, their averages"
     assert json.loads((run / "export" / "config.json").read_text())["init"] == line
     assert line in (run / "export" / "README.md").read_text()
     assert line in (run / "train.log").read_text()
@@ -180,7 +180,7 @@ def test_init__contrast_from_pretrain_and_back(images: Path, codebook_run: Path,
     """Every backbone starts the other kind; at another size its positions are resampled, which the first line says."""
     stage: Any = begin("contrast", images, init=str(vit_run), image_size=32)
     assert stage.notes[0] == (
-        f"taken from '{vit_run}' (--init): backbone, its positions resampled from 16 to 32 pixels; "
+        f"taken from '{vit_run.name}' (--init): backbone, its positions resampled from 16 to 32 pixels; "
         "left: projector and predictor (not in it)"
     )
     assert stage.backbone.pos_embed.shape[1] > 64

@@ -70,7 +70,7 @@ def test_train__contrast_in_micro_batches_equals_one_process(
     [
         {"adversarial.weight": 0.4, "adversarial.width": 4, "adversarial.num_layers": 1, "balance": True},
         {"explicit.kind": "classification"},
-        {"quantizer.learning": "gradient"},
+        {"quantizer.kind": "gradient"},
         {"quantizer.kind": "simvq"},
     ],
     ids=lambda more: next(iter(more)),

@@ -181,6 +181,13 @@ def test_begin__releases_the_folder_after_an_error(tmp_path: Path, error: BaseEx
     FolderLock(tmp_path).release()
 
 
+def test_check_new_file__refuses_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, _mode: Path(path) != tmp_path)
+    with pytest.raises(RunFolderError, match=r"--out '.*a\.json' cannot be written: no permission in '.*'\."):
+        check_new_file(str(tmp_path / "a.json"))
+    check_new_file("")
+
+
 def test_check_new_file__refuses_a_file_that_exists(tmp_path: Path) -> None:
     check_new_file("")
     check_new_file(str(tmp_path / "figures.json"))

@@ -1,4 +1,4 @@
-"""Image features for probes: the features of a backbone, and the features made of a tokenizer's codes.
+"""Image features of a backbone, for probes.
 
 Shapes: N images, F features, L layers.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pecobook.analysis.arrays import Tokenizer
-from pecobook.analysis.codewords import bag_of_codes, mean_codewords
-from pecobook.analysis.reconstruction import encode_all
 from pecobook.models.network_traits import traits_of
 from pecobook.models.weights import Backbone
 
@@ -69,22 +66,6 @@ def pools_class_token(network: nn.Module) -> bool:
     After masked modelling, and after fine-tuning on the mean of the patches, nothing has.
     """
     return getattr(network, "global_pool", "") == "token"
-
-
-CODES = "codes"
-
-
-def tokenizer_features(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
-    """Compute average-pooled codewords (paper, Table 4) and bags of codes of images, float (N, 3, H, W) in [0, 1].
-
-    The codes themselves, int32 (N, h, w), are there under the name `CODES`.
-    """
-    codes = encode_all(tokenizer, images)
-    return {
-        "mean codeword": mean_codewords(codes, tokenizer.codebook),
-        "bag of codes": bag_of_codes(codes, len(tokenizer.codebook)),
-        CODES: codes.int(),
-    }
 
 
 class EveryLayer(nn.Module):

@@ -119,6 +119,23 @@ def checkerboard(grid: tuple[int, int]) -> Tensor:
     return (rows + columns) % 2 == 0
 
 
+def opposite_halves(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the codes of one half of the positions of some images, and those of the other half of other images.
+
+    A probe that learns from the first and is tested on the second has its position removed: codes that have a meaning
+    at a single position do not help it.
+
+    Args:
+        train: int (M, h, w).
+        test: int (N, h, w).
+
+    Returns:
+        int (M, P / 2) and (N, P / 2); None for fewer than two positions in a half.
+    """
+    half = checkerboard((train.shape[1], train.shape[2]))
+    return (train[:, half], test[:, ~half]) if min(int(half.sum()), int((~half).sum())) >= 2 else None
+
+
 def commonest_code_accuracy(train_codes: Tensor, codes: Tensor, mask: Tensor) -> float:
     """Return the percentage of masked codes that are the most frequent code of their position in other images.
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pecobook.analysis.arrays import Tokenizer
+from pecobook.analysis.reconstruction import encode_all
 from pecobook.data.source import ImageSource
 from pecobook.data.stream import central_crops
 from pecobook.engine.log import Progress
@@ -108,3 +110,13 @@ def extract(
     progress.close()
     features = {name: rows.added() for name, rows in parts.items()}
     return features, None if source.labels is None else torch.cat(labels)
+
+
+def extract_codes(
+    tokenizer: Tokenizer, source: ImageSource, size: int, max_images: int, description: str
+) -> tuple[Tensor, Tensor | None]:
+    """Extract codes int32 (N, h, w), and labels, as `extract` does."""
+    found, labels = extract(
+        source, size, max_images, lambda images: {"codes": encode_all(tokenizer, images).int()}, description
+    )
+    return found["codes"], labels

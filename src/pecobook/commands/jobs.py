@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -223,7 +223,7 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept
                     if accept_data_change and (job.out / "config.json").exists():
                         words = (*words, "--accept-data-change")
                     running[name] = _Running(name, words, out, slot, lock)
-            progress.show()
+            progress.show(running)
             time.sleep(_PERIOD * max(1.0, len(jobs) / 50))
     finally:
         for run in running.values():
@@ -287,7 +287,10 @@ class _Running:
         if not self.process.returncode:
             return ""
         lines = [line for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
-        return "\n".join(lines[-3:]) or f"exit code {self.process.returncode}"
+        if (code := self.process.returncode) < 0:
+            why = ", as the system does where memory is short" if code == -signal.SIGKILL else ""
+            lines.append(f"It was ended by {signal.Signals(-code).name}{why}.")
+        return "\n".join(lines[-3:]) or f"exit code {code}"
 
 
 class Progress:
@@ -305,15 +308,16 @@ class Progress:
             self.status = Console(stderr=True).status("starting")
             self.status.start()
 
-    def show(self) -> None:
-        """Show the progress; without a terminal print a line at most every ten seconds."""
+    def show(self, started: Collection[str] = ()) -> None:
+        """Show the progress, with the jobs that this process runs; off a terminal a line at most every ten seconds."""
         now = time.monotonic()
         if now - self.last_time < (0.5 if self.status is not None else 10):
             return
         self.last_time = now
         fractions = self._fractions()
         done, num_finished = self._done(fractions), sum(fraction == 1 for fraction in fractions.values())
-        running = [f"{name} {100 * fraction:.0f}%" for name, fraction in fractions.items() if 0 < fraction < 1]
+        shown = {name: fraction for name, fraction in fractions.items() if name in started or 0 < fraction < 1}
+        running = [f"{name} {100 * fraction:.0f}%" for name, fraction in shown.items()]
         speed = (done - self.done_at_start) / max(now - self.start, 1e-9)
         left = f", {compact_duration((self.total - done) / speed)} left" if done > self.done_at_start else ""
         share = f"{100 * done / self.total:3.0f}%, {num_finished} of {len(self.jobs)} runs finished{left}"

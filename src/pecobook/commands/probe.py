@@ -6,7 +6,7 @@ regularisation and the layer are chosen on a validation part of the training ima
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecobook.analysis.codewords import mean_codewords
-from pecobook.analysis.features import CODES, EveryLayer, backbone_features, pools_class_token, tokenizer_features
-from pecobook.analysis.position import checkerboard, position_dependence
-from pecobook.analysis.probe import MIN_IMAGES, VALIDATION_SHARE, knn_probe, linear_probe, validation_accuracy
+from pecobook.analysis.codewords import bag_of_codes, mean_codewords
+from pecobook.analysis.features import EveryLayer, backbone_features, pools_class_token
+from pecobook.analysis.position import opposite_halves, position_dependence
+from pecobook.analysis.probe import (
+    MIN_IMAGES,
+    VALIDATION_SHARE,
+    ProbeResult,
+    knn_probe,
+    linear_probe,
+    validation_accuracy,
+)
 from pecobook.analysis.wording import accuracy_with_error
-from pecobook.commands.extract import FeatureFunction, check_reads, extract, names_tokenizer, open_backbone
+from pecobook.commands.extract import (
+    FeatureFunction,
+    check_reads,
+    extract,
+    extract_codes,
+    names_tokenizer,
+    open_backbone,
+)
 from pecobook.data.images import check_labels
+from pecobook.data.source import Splits
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import DataError
@@ -33,6 +48,8 @@ from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import say, show
 
+Results = dict[str, dict[str, Any]]
+"""What `probe_features` returns."""
 _POSITION_IMAGES = 2000  # held-out images whose codes are compared with their positions
 _EVERY_LAYER = 100_000
 """Training images up to which the features of every layer are kept, 4 GB for a ViT-B. Of more images so many choose the
@@ -53,33 +70,9 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         check_labels(splits, config.data)
     except DataError as error:
         raise DataError(f"{error}\nWithout labels, pecobook embed writes the features to a file.") from None
-    features, image_size = _feature_function(config)  # may download weights, so the images are checked first
-    show_source(splits)
-    size, layers = config.image_size or image_size, None
-    if min(config.max_train, len(splits.train)) > _EVERY_LAYER:
-        few, labels = extract(splits.train, size, _EVERY_LAYER, features, "features of every layer")
-        assert labels is not None
-        kept = [CODES] if few.pop(CODES, None) is not None else []
-        layers = layer_accuracies(few, labels, seed=config.seed)
-        del few
-        best = max(layers, key=lambda name: layers[name])
-        features = partial(_only, features, [*_feature_sets(list(layers))[best], *kept])
-    train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
-    test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")
-    assert train_labels is not None
-    assert test_labels is not None
-    train_codes, test_codes = train.pop(CODES, None), test.pop(CODES, None)
-    results = probe_features(train, test, train_labels, test_labels, seed=config.seed, layers=layers)
-    remarks = ""
-    if train_codes is not None and test_codes is not None:
-        codebook = load_tokenizer(config.backbone).codebook.detach().float().cpu()
-        results |= crossed(train_codes, test_codes, train_labels, test_labels, codebook, seed=config.seed)
-        position = position_dependence(test_codes[:_POSITION_IMAGES])
-        remarks = (
-            f"\nA code contains {100 * position.share:.1f}% of the information about its position in the image, "
-            f"permuted codes {100 * position.null_share:.1f}%."
-        )
-    show(_table(results, len(splits.train.classes or ()), len(train_labels)) + remarks)
+    measure = _of_tokenizer if names_tokenizer(config.backbone) else _of_backbone
+    results, num_train, remarks = measure(config, splits)
+    show(_table(results, len(splits.train.classes or ()), num_train) + remarks)
     if config.out:
         without_images = {
             probe: {key: value for key, value in result.items() if key != "correct"}
@@ -89,11 +82,8 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     return results
 
 
-def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
-    """Return the function that maps images to named features, and the side of its input images, pixels."""
-    if names_tokenizer(config.backbone):
-        tokenizer = load_tokenizer(config.backbone).to(device())
-        return lambda images: tokenizer_features(tokenizer, images.to(device())), tokenizer.image_size
+def _of_backbone(config: ProbeConfig, splits: Splits) -> tuple[Results, int, str]:
+    """Return the results, the number of training images, and remarks."""
     backbone, size = open_backbone(config, config.seed)
     if getattr(backbone.network, "cls_token", None) is not None and not pools_class_token(backbone.network):
         say(
@@ -101,27 +91,65 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
             "out, since its output was not trained."
         )
     check_reads(EveryLayer(backbone.network), size, config.backbone)
-    return lambda images: backbone_features(backbone, images, every_layer=True), size
+    show_source(splits)
+    features: FeatureFunction = partial(backbone_features, backbone, every_layer=True)
+    seed, layers = config.seed, None
+    if min(config.max_train, len(splits.train)) > _EVERY_LAYER:
+        few, labels = extract(splits.train, size, _EVERY_LAYER, features, "features of every layer")
+        assert labels is not None
+        layers = layer_accuracies(few, labels, seed=seed)
+        del few
+        features = partial(_only, features, _feature_sets(list(layers))[_best(layers)])
+    train, labels = extract(splits.train, size, config.max_train, features, "features of training images")
+    test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")
+    assert labels is not None
+    assert test_labels is not None
+    return probe_features(train, test, labels, test_labels, seed=seed, layers=layers), len(labels), ""
 
 
-def crossed(
-    train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, codebook: Tensor, *, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Run the linear probe of mean codewords with position removed, as `pecobook analyze` does.
+def _of_tokenizer(config: ProbeConfig, splits: Splits) -> tuple[Results, int, str]:
+    """Return the results, the number of training images, and a sentence on the position."""
+    tokenizer = load_tokenizer(config.backbone).to(device())
+    show_source(splits)
+    size, seed = config.image_size or tokenizer.image_size, config.seed
+    train, labels = extract_codes(tokenizer, splits.train, size, config.max_train, "codes of training images")
+    test, test_labels = extract_codes(tokenizer, splits.evaluation, size, config.max_test, "codes of held-out images")
+    assert labels is not None
+    assert test_labels is not None
+    codebook = tokenizer.codebook.detach().float().cpu()
+    few = {name: feature(train[:_EVERY_LAYER], codebook) for name, feature in _OF_CODES.items()}
+    layers = layer_accuracies(few, labels[:_EVERY_LAYER], seed=seed)
+    del few
+    best = _best(layers)
+    of_train, of_test = ({best: _OF_CODES[best](codes, codebook)} for codes in (train, test))
+    results = probe_features(of_train, of_test, labels, test_labels, seed=seed, layers=layers)
+    if (halves := opposite_halves(train, test)) is not None:
+        crossed_train, crossed_test = (mean_codewords(codes, codebook) for codes in halves)
+        crossed = linear_probe(crossed_train, labels, crossed_test, test_labels, seed=seed)
+        results["crossed"] = _entry(crossed, "mean codeword, position removed")
+    position = position_dependence(test[:_POSITION_IMAGES], seed=seed)
+    remarks = (
+        f"\nA code contains {100 * position.share:.1f}% of the information about its position in the image, "
+        f"permuted codes {100 * position.null_share:.1f}%."
+    )
+    return results, len(labels), remarks
 
-    Codes int (N, h, w) of one half of the positions train it, those of the other half test it, so codes that are bound
-    to one position do not help.
 
-    Returns:
-        {"crossed"}, as a probe of `probe_features`; empty for fewer than two positions in a half.
-    """
-    half = checkerboard((train.shape[1], train.shape[2]))
-    if min(int(half.sum()), int((~half).sum())) < 2:
-        return {}
-    trained, tested = (mean_codewords(codes, codebook) for codes in (train[:, half], test[:, ~half]))
-    result = linear_probe(trained, train_labels, tested, test_labels, seed=seed)
-    features = "mean codeword, position removed"
-    return {"crossed": {**result.summary(), "features": features, "correct": result.correct.tolist()}}
+def _bags(codes: Tensor, codebook: Tensor) -> Tensor:
+    """Return bags of codes in half precision, some images at a time, since those of all may fill the memory."""
+    return torch.cat([bag_of_codes(part, len(codebook)).half() for part in torch.split(codes, 2**14)])
+
+
+_OF_CODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean codeword": mean_codewords, "bag of codes": _bags}
+"""Features of a tokenizer's codes int (N, h, w) and codebook (K, D)."""
+
+
+def _best(layers: Mapping[str, float]) -> str:
+    return max(layers, key=lambda name: layers[name])
+
+
+def _entry(result: ProbeResult, features: str) -> dict[str, Any]:
+    return {**result.summary(), "features": features, "correct": result.correct.tolist()}
 
 
 def _only(features: FeatureFunction, names: list[str], images: Tensor) -> dict[str, Tensor]:
@@ -146,7 +174,7 @@ def probe_features(
     *,
     seed: int,
     layers: dict[str, float] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> Results:
     """Choose the best of several sets of features on a validation part of training, and run both probes on it.
 
     Where there is a set `... class` for a set `... mean`, their concatenation `... mean + class` is a candidate too.
@@ -164,15 +192,12 @@ def probe_features(
         (M booleans) and, in linear, layers (name to validation accuracy).
     """
     layers = layer_accuracies(train, train_labels, seed=seed) if layers is None else layers
-    best = max(layers, key=lambda name: layers[name])
+    best = _best(layers)
     parts = _feature_sets(list(train))[best]
     best_train, best_test = (_concatenated(features, parts) for features in (train, test))
     linear = linear_probe(best_train, train_labels, best_test, test_labels, seed=seed)
     knn = knn_probe(best_train, train_labels, best_test, test_labels)
-    results = {
-        name: {**result.summary(), "features": best, "correct": result.correct.tolist()}
-        for name, result in (("linear", linear), ("knn", knn))
-    }
+    results = {"linear": _entry(linear, best), "knn": _entry(knn, best)}
     results["linear"]["layers"] = {name: round(value, 2) for name, value in layers.items()}
     return results
 
@@ -191,7 +216,7 @@ def _concatenated(features: Mapping[str, Tensor], names: list[str]) -> Tensor:
     return features[names[0]] if len(names) == 1 else torch.cat([features[name] for name in names], 1)
 
 
-def _table(results: dict[str, dict[str, Any]], num_classes: int, num_train: int) -> str:
+def _table(results: Results, num_classes: int, num_train: int) -> str:
     layers, lines = results["linear"]["layers"], []
     if len(layers) > 1:
         number = VALIDATION_SHARE * num_train

@@ -18,10 +18,11 @@ from pecobook.models.hub import check_repo_id, publish
 from pecobook.models.initial import TRAINING_FILE
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone, Classifier
+from pecobook.settings.changes import FREE_ON_RESUME
 from pecobook.settings.push import PushConfig
-from pecobook.settings.values import FREE_ON_RESUME, replace
+from pecobook.settings.values import replace
 from pecobook.utils.files import without_folders
-from pecobook.utils.json_files import is_number, metric_lines, read_if_valid, read_json
+from pecobook.utils.json_files import is_number, metric_lines, read_if_valid
 from pecobook.utils.printer import show
 
 _KINDS: dict[str, type[Exported]] = {
@@ -48,9 +49,8 @@ def push(config: PushConfig | None = None, **settings: Any) -> str:
         raise WeightsError(f"'{config.run}' is no export of pecobook that can be uploaded (kind {kind}).")
     network = _KINDS[kind].from_pretrained(folder)
     about = _About(folder.parent if folder.name == "export" else folder)
-    network.origin = about.without_folders(network.origin)
     card = network.hub_card(config.repo, license=config.license, more=about.text(config), dataset=about.dataset)
-    files = _files(folder, card, about)
+    files = _files(folder, card)
     _list(config, folder, files)
     if config.dry_run:
         show(card, stdout=True)
@@ -62,17 +62,13 @@ def push(config: PushConfig | None = None, **settings: Any) -> str:
     return url
 
 
-def _files(folder: Path, card: str, about: _About) -> dict[str, bytes | Path]:
-    """Return what is sent: the card, the settings without folders of this machine, and the weights."""
+def _files(folder: Path, card: str) -> dict[str, bytes | Path]:
+    """Return what is sent: the card, the settings and the weights."""
     files: dict[str, bytes | Path] = {
         file.name: file
         for file in sorted(folder.iterdir())
         if file.is_file() and file.name.endswith(_SENT) and file.name != TRAINING_FILE
     }
-    content = read_json(folder / "config.json")
-    if "origin" in content:
-        content["origin"] = about.without_folders(content["origin"])
-    files["config.json"] = (json.dumps(content, indent=2) + "\n").encode()
     files["README.md"] = card.encode()
     return files
 
@@ -112,12 +108,6 @@ class _About:
         data = str(self.settings.get("data", ""))
         name = data.removeprefix("hf:").partition(":")[0]
         return name if data.startswith("hf:") and name.count("/") == 1 else ""
-
-    def without_folders(self, text: str) -> str:
-        """Return a text with the last part of each path of the settings in place of the path."""
-        for value in sorted(_texts(self.settings), key=len, reverse=True):
-            text = text.replace(value, without_folders(value))
-        return text
 
     def text(self, config: PushConfig) -> str:
         """Return the paragraphs of the model card on data, figures and settings."""
@@ -163,13 +153,6 @@ class _About:
             f"## Training\n\n{command} with these settings:\n\n"
             f"<details><summary>settings</summary>\n\n```json\n{json.dumps(kept, indent=2)}\n```\n\n</details>"
         )
-
-
-def _texts(value: Any) -> set[str]:
-    """Return the texts among settings that contain a path."""
-    if isinstance(value, dict | list):
-        return set().union(*map(_texts, value.values() if isinstance(value, dict) else value))
-    return {value} if isinstance(value, str) and without_folders(value) != value else set()
 
 
 def _without_folders(value: Any) -> Any:

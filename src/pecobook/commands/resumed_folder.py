@@ -9,8 +9,8 @@ from pecobook.data import record
 from pecobook.data.source import Splits
 from pecobook.engine.data_check import compare_data
 from pecobook.errors import RunFolderError
+from pecobook.settings.changes import changed_settings, complete
 from pecobook.settings.images import ManyRunsConfig
-from pecobook.settings.values import changed_settings, complete
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import OutputFolder

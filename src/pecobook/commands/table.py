@@ -203,8 +203,8 @@ COMMANDS: dict[str, Command] = {
     "probe": Command(
         "measure linear probe and k-NN of a backbone, or of a tokenizer's codewords",
         ProbeConfig,
-        "--data SOURCE --backbone RUN|timm:NAME",
-        ("probe --data photos --backbone runs/vit", "probe --data IMAGES --backbone timm:resnet50 --out probe.json"),
+        "--data SOURCE --backbone RUN|timm:NAME|TOKENIZER",
+        ("probe --data photos --backbone runs/vit", "probe --data IMAGES --backbone runs/codebook --out probe.json"),
         "data backbone weights out image-size max-train max-test seed",
     ),
     "embed": Command(

@@ -20,9 +20,10 @@ from pecobook.data.source import Splits
 from pecobook.engine import longer
 from pecobook.engine.data_check import check_bank, compare_data
 from pecobook.errors import RunFolderError
+from pecobook.settings.changes import changed_settings, complete
 from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
-from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
+from pecobook.settings.values import to_dict
 from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.given import hooks
@@ -85,7 +86,7 @@ def prepare(
 def recorded_range(out: str) -> RangeSetting:
     """Return the range of values that the run in the folder `out` took; `AUTO` if there is no such run."""
     settings = read_if_valid(Path(out) / "config.json", {"value_range": list_of(ANY).or_none})
-    return AUTO if settings is None else tuple(settings.get("value_range", BEFORE["value_range"]))
+    return AUTO if settings is None else tuple(settings.get("value_range") or AUTO)
 
 
 def _folder(config: TrainConfig, command: str, num_images: int) -> OutputFolder:
@@ -124,6 +125,8 @@ def _check_resume(config: TrainConfig, command: str, num_images: int, old: dict[
         )
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
+    if "value_range" not in old:
+        raise RunFolderError(f"--resume: the run in '{out}' is of a version before 0.1.0: name another --out.")
     old = complete(old, to_dict(type(config)()))
     all_changed = changed_settings(old, to_dict(config))
     changed = longer.other_settings(all_changed, old, config)

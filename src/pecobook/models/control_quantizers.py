@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.models.nearest import nearest_codeword
-from pecobook.models.quantizer import Quantized, VectorQuantizer
+from pecobook.models.quantizer import Quantized, Quantizer, VectorQuantizer
 from pecobook.settings.tokenizer import VectorQuantizerConfig
 from pecobook.utils.distributed import world_size
 
@@ -44,32 +44,19 @@ class _Vectors(NamedTuple):
     """(), the quantizer's own loss."""
 
 
-class ControlQuantizer(nn.Module):
-    """What the quantizers here share: the counts of use, and steps without quantisation at the start.
+class ControlQuantizer(Quantizer):
+    """What the quantizers here share: a learning rule of their own, and no revival.
 
     Args:
         config: the settings.
         dim: D.
     """
 
-    codebook: Tensor  # (K, D)
-    usage: Tensor  # (K,) moving average of the counts
-    unused: Tensor  # int64 (K,), updates since the codeword was last chosen
-    num_updates: Tensor  # int64 ()
-    num_revived: Tensor  # int64 (), always 0: nothing is revived
-
     starts_now = False
     """No start by k-means waits for the first batch."""
 
     def __init__(self, config: VectorQuantizerConfig, dim: int) -> None:
-        super().__init__()
-        self.config, self.num_codewords, self.dim = config, config.num_codewords, dim
-        self.register_buffer("usage", torch.zeros(self.num_codewords))
-        self.register_buffer("unused", torch.zeros(self.num_codewords, dtype=torch.int64))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_revived", torch.zeros((), dtype=torch.int64))
-        # Python copies of the state, so that no step waits for the device, and none is compiled anew.
-        self._steps, self._bypass, self._bypassed = 0, config.start_after > 0, False
+        super().__init__(config, dim)
         self._counts: Tensor | None = None
 
     def forward(self, z: Tensor) -> Quantized:
@@ -78,10 +65,7 @@ class ControlQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             if self.training and self._bypass:
-                self._bypassed = True
-                # 0 x sum: every parameter must take part in every step, since DDP requires that.
-                zero = z.new_zeros(()) + sum(0.0 * parameter.sum() for parameter in self.parameters())
-                return Quantized(z, torch.zeros(B, h, w, dtype=torch.int64, device=z.device), z.new_zeros(()), zero)
+                return self._unquantised(z)
             out = self._quantise(z.permute(0, 2, 3, 1).reshape(-1, D))
             if self.training:
                 counts = torch.zeros_like(self.usage)
@@ -103,10 +87,6 @@ class ControlQuantizer(nn.Module):
             return z.float()
         return self.lookup(self.encode(z))
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Return the codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
-
     def start(self, z: Tensor) -> None:
         """Do nothing; `VectorQuantizer` starts its codebook here."""
 
@@ -121,10 +101,7 @@ class ControlQuantizer(nn.Module):
             self.unused.add_(1).masked_fill_(counts > 0, 0)
         elif not self._bypassed:
             return
-        self._bypassed = False
-        self.num_updates.add_(1)
-        self._steps += 1
-        self._bypass = self._steps < self.config.start_after
+        self._next_step()
 
     def _codes(self, vectors: Tensor) -> Tensor:
         """Return the codes of vectors (N, D), int64 (N,)."""
@@ -136,8 +113,7 @@ class ControlQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._steps = int(self.num_updates)
-        self._bypass, self._counts = self._steps < self.config.start_after, None
+        self._counts = None
 
 
 def straight_through(vectors: Tensor, codewords: Tensor) -> Tensor:

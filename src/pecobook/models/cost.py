@@ -31,7 +31,7 @@ from pecobook.settings.detect import DetectConfig
 from pecobook.settings.pretrain import DecoderConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
-from pecobook.settings.training import BackboneConfig
+from pecobook.settings.training import BackboneConfig, CompileTrainConfig
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.json_files import read_if_valid
 
@@ -99,7 +99,8 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
             flop, disk = _OF_IMAGES[command](config, num_images, num_held_out, others)
     except _UNKNOWN:
         return Cost(None, None, 0.0)
-    speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) or command == "detect" else UNCOMPILED)
+    is_slower = isinstance(config, CompileTrainConfig) and not config.compile
+    speed = 1e12 * TERAFLOPS[command] * (UNCOMPILED if is_slower else 1.0)
     of = config
     if command in ("analyze", "predict"):
         of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else others[config.run]

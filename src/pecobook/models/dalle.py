@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state, read_weights
-from pecobook.models.tokenizer import apply_in_batches, as_codes
-from pecobook.utils.images import as_images, check_shape
+from pecobook.models.tokenizer import ForeignTokenizer
+from pecobook.utils.images import check_shape
 
 _NUM_BLOCKS = 8  # four groups of two blocks; residual paths are divided by the square of this number
 
 
-class DalleTokenizer(nn.Module):
+class DalleTokenizer(ForeignTokenizer):
     """DALL-E's tokenizer with the interface of `PerceptualTokenizer`: encodes images in [0, 1] and decodes codes.
 
     Args:
@@ -71,21 +71,8 @@ class DalleTokenizer(nn.Module):
             x = F.max_pool2d(x, 2) if number < 3 else x
         return encoder.output(x)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int = 64, check: bool = True) -> Tensor:
-        """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / 8, W / 8).
-
-        Raises:
-            ValueError: as `PerceptualTokenizer.encode`.
-        """
-        images = as_images(images, (3,), self.stride, check=check)
-        return apply_in_batches(lambda batch: self.logits(batch).argmax(1), images, batch_size, self.codebook.device)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Decode codes int64 (B, h, w) to images, float (B, 3, 8 h, 8 w) in [0, 1]."""
-        codes = as_codes(codes, self.num_codewords)
-        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.logits(images).argmax(1)
 
     def _decode(self, codes: Tensor) -> Tensor:
         # This equals a 1 x 1 convolution of a one-hot map, without building the map.

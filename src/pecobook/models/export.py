@@ -27,6 +27,7 @@ from pecobook.utils.json_files import COUNT, NUMBER, OBJECT, SWITCH, TEXT, WHOLE
 _SIZE = Kind(f"a whole number from 1 to {MAX_IMAGE_SIZE}", lambda value: WHOLE.holds(value) and value <= MAX_IMAGE_SIZE)
 _SHARE = Kind("a number above 0 and up to 1", lambda value: NUMBER.holds(value) and 0 < value <= 1)
 _NAMES = Kind("a list of at least one text", lambda value: list_of(TEXT).holds(value) and bool(value))
+_OF_0_1 = Kind("a whole number, which exports have since version 0.1.0", COUNT.holds)
 _NETWORK = {"name": TEXT, "args": OBJECT, "mean": list_of(NUMBER, 3), "std": list_of(NUMBER, 3)}
 _PYRAMID = {**_NETWORK, "image_size": _SIZE, "window": COUNT}
 _COMMON = {
@@ -36,7 +37,7 @@ _COMMON = {
     "value_range": list_of(NUMBER, 2).or_none,
 }
 _SCHEMAS: dict[str, Schema] = {
-    "tokenizer": {"model": OBJECT, "num_codewords": WHOLE, "image_size": _SIZE},
+    "tokenizer": {"model": {"group_size": _OF_0_1}, "num_codewords": WHOLE, "image_size": _SIZE},
     "backbone": {**_NETWORK, "image_size": _SIZE.or_none},
     "classifier": {**_NETWORK, "image_size": _SIZE, "classes": _NAMES, "crop": _SHARE.or_none},
     "segmenter": {"pyramid": _PYRAMID, "classes": _NAMES, "width": COUNT, "image_size": _SIZE},

@@ -23,8 +23,7 @@ from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state, read_checkpoint
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.public_tokenizers import weights_file
-from pecobook.models.tokenizer import apply_in_batches, as_codes, require_pixels
-from pecobook.utils.images import as_images
+from pecobook.models.tokenizer import ForeignTokenizer
 
 _HEAD = 64  # channels of an attention head, in all of 4M's sizes
 _NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -83,7 +82,7 @@ class _Decoder(_Transformer):
         return cast("Tensor", self.out_conv(F.pixel_shuffle(pixels, self.patch)))
 
 
-class FourMTokenizer(nn.Module):
+class FourMTokenizer(ForeignTokenizer):
     """A tokenizer of RGB images of 4M.
 
     Args:
@@ -111,26 +110,6 @@ class FourMTokenizer(nn.Module):
         if not self.predicts:
             self.decoder = _Decoder(state, self.stride)
             self.post_quant_proj = nn.Conv2d(dim, self.decoder.pos_emb.shape[1], 1)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int = 64, check: bool = True) -> Tensor:
-        """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
-
-        Raises:
-            ValueError: as `PerceptualTokenizer.encode`.
-        """
-        images = as_images(images, (3,), self.stride, check=check)
-        return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1].
-
-        Raises:
-            WeightsError: a diffusion model would decode.
-        """
-        require_pixels(self, "This tokenizer of 4M", "decode codes to images")
-        return apply_in_batches(self._decode, as_codes(codes, self.num_codewords), batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
         latents = self.quant_proj(self.encoder(images * 2 - 1)).float()  # (B, D, h, w)

@@ -20,7 +20,9 @@ from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import load_backbone, load_file
-from pecobook.settings.values import changed_settings, complete, to_dict
+from pecobook.settings.changes import changed_settings, complete
+from pecobook.settings.values import to_dict
+from pecobook.utils.files import without_folders
 from pecobook.utils.json_files import TEXT, Schema, read_if_valid
 
 TRAINING_FILE = "training.safetensors"
@@ -51,7 +53,7 @@ class Start:
         if not self.source:
             return ""
         left = f"; left: {', '.join(self.left)}" if self.left else ""
-        return f"taken from '{self.source}' (--init): {', '.join(self.taken)}{left}"
+        return f"taken from '{without_folders(self.source)}' (--init): {', '.join(self.taken)}{left}"
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -46,7 +46,59 @@ class Quantized(NamedTuple):
     codebook learns by moving averages."""
 
 
-class VectorQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """What all quantizers share: codewords, the counts of their use, and steps without quantisation at the start.
+
+    Args:
+        config: the settings.
+        dim: D.
+    """
+
+    codebook: Tensor  # (K, D)
+    usage: Tensor  # (K,) moving average of the counts
+    unused: Tensor  # int64 (K,), updates since the codeword was last chosen
+    num_updates: Tensor  # int64 ()
+    num_revived: Tensor  # int64 ()
+
+    def __init__(self, config: VectorQuantizerConfig, dim: int) -> None:
+        super().__init__()
+        self.config, self.num_codewords, self.dim = config, config.num_codewords, dim
+        self.register_buffer("usage", torch.zeros(self.num_codewords))
+        self.register_buffer("unused", torch.zeros(self.num_codewords, dtype=torch.int64))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_revived", torch.zeros((), dtype=torch.int64))
+        # Python copies of the state in the buffers, so that no step has to wait for the device.
+        self._steps = 0
+        # Whether `forward` passes vectors unquantised. `forward` must not read a count, since torch.compile would then
+        # recompile it at each step.
+        self._bypass = config.start_after > 0
+        self._bypassed = False  # whether a `forward` passed vectors unquantised since the last update
+
+    def _unquantised(self, z: Tensor) -> Quantized:
+        """Pass z (B, D, h, w) on."""
+        self._bypassed = True
+        # 0 x sum: every parameter must take part in every step, since DDP requires that.
+        zero_loss = z.new_zeros(()) + sum(0.0 * parameter.sum() for parameter in self.parameters())
+        codes = torch.zeros(len(z), *z.shape[2:], dtype=torch.int64, device=z.device)
+        return Quantized(z, codes, z.new_zeros(()), zero_loss)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Return the codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
+        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
+
+    def _next_step(self) -> None:
+        self._bypassed = False
+        self.num_updates.add_(1)
+        self._steps += 1
+        self._bypass = self._bypass and self._steps < self.config.start_after
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._steps = int(self.num_updates)
+        self._bypass = self._steps < self.config.start_after
+
+
+class VectorQuantizer(Quantizer):
     """K codewords of dimension D, learned by moving averages or by gradient.
 
     The first training step initialises the codebook by k-means over the vectors of all ranks. A codeword that no vector
@@ -65,40 +117,25 @@ class VectorQuantizer(nn.Module):
         ConfigError: a setting is unknown, of the wrong type or out of range.
     """
 
-    codebook: Tensor  # (K, D)
     ema_count: Tensor  # (K,)
     ema_sum: Tensor  # (K, D)
     idle: Tensor  # int64 (K,), updates since the codeword was last chosen or revived
-    usage: Tensor  # (K,) moving average of the counts; unlike ema_count, revival does not change it
-    unused: Tensor  # int64 (K,), updates since the codeword was last chosen; revival does not change it
-    num_updates: Tensor  # int64 ()
-    num_revived: Tensor  # int64 ()
+    # Revival changes ema_count and idle, but not usage and unused.
 
     def __init__(self, num_codewords: int | VectorQuantizerConfig, dim: int, *, seed: int = 0, **settings: Any) -> None:
-        super().__init__()
         if not isinstance(num_codewords, VectorQuantizerConfig):
             settings, num_codewords = {"num_codewords": num_codewords, **settings}, VectorQuantizerConfig()
-        self.config = replace(num_codewords, settings)
-        self.num_codewords, self.dim, self.seed = self.config.num_codewords, dim, seed
+        super().__init__(replace(num_codewords, settings), dim)
+        self.seed = seed
         codebook = torch.randn(self.num_codewords, dim) / dim**0.5
-        if self.config.by_gradient:
+        if self.config.kind == "gradient":
             self.register_parameter("codebook", nn.Parameter(codebook))
         else:
             self.register_buffer("codebook", codebook)
         self.register_buffer("ema_count", torch.zeros(self.num_codewords))
         self.register_buffer("ema_sum", torch.zeros(self.num_codewords, dim))
         self.register_buffer("idle", torch.zeros(self.num_codewords, dtype=torch.int64))
-        self.register_buffer("usage", torch.zeros(self.num_codewords))
-        self.register_buffer("unused", torch.zeros(self.num_codewords, dtype=torch.int64))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_revived", torch.zeros((), dtype=torch.int64))
-        # Python copies of the state in the buffers, so that no step has to wait for the device.
         self._initialised = False  # whether k-means has run
-        self._steps = 0
-        # Whether `forward` passes vectors unquantised. `forward` must not read a count, since torch.compile would then
-        # recompile it at each step.
-        self._bypass = self.config.start_after > 0
-        self._bypassed = False  # whether a `forward` passed vectors unquantised since the last update
         self._num_start_vectors = 0  # number of vectors that k-means used, in the step that initialises the codebook
         self._pending: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) since the last update
 
@@ -122,12 +159,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = unit_length(z.float()) if self.config.normalise else z.float()
             if self.training and self._bypass:
-                self._bypassed = True
-                # 0 x sum: every parameter must take part in every step, since DDP requires that.
-                zero_loss = 0.0 * self.codebook.sum() if self.codebook.requires_grad else z.new_zeros(())
-                return Quantized(
-                    z, torch.zeros(B, h, w, dtype=torch.int64, device=z.device), z.new_zeros(()), zero_loss
-                )
+                return self._unquantised(z)
             vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
             if self.training and not self._initialised:
                 self._initialise_codebook(vectors.detach())
@@ -137,7 +169,7 @@ class VectorQuantizer(nn.Module):
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment_loss = F.mse_loss(z, quantized.detach())
             codebook_loss = commitment_loss.detach()
-            if self.config.by_gradient:
+            if self.config.kind == "gradient":
                 codebook_loss = F.mse_loss(quantized, z.detach())
             # Straight-through: the forward value is the codeword, the backward pass is the identity.
             quantized = z + (quantized - z).detach()
@@ -161,10 +193,6 @@ class VectorQuantizer(nn.Module):
         B, D, h, w = z.shape
         return nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Return the codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
-
     # ------------------------------------------------------------------------------------------ learning the codebook
 
     @torch.no_grad()
@@ -172,10 +200,7 @@ class VectorQuantizer(nn.Module):
         """Update the codebook with the vectors of all ranks since the last call. Call once in each optimizer step."""
         config = self.config
         if self._bypassed:
-            self._bypassed = False
-            self.num_updates.add_(1)
-            self._steps += 1
-            self._bypass = self._steps < config.start_after
+            self._next_step()
         if self._pending is None:
             return
         vectors, codes = self._pending
@@ -194,8 +219,7 @@ class VectorQuantizer(nn.Module):
         self.usage.lerp_(counts, 1 - config.decay)
         for updates in (self.idle, self.unused):
             updates.add_(1).masked_fill_(counts > 0, 0)
-        self.num_updates.add_(1)
-        self._steps += 1
+        self._next_step()
         if config.revive_after and self._steps % _REVIVE_EVERY == 0:
             self._revive(vectors)
 
@@ -220,7 +244,7 @@ class VectorQuantizer(nn.Module):
                 dist.all_reduce(sums)
             self.ema_sum[tile].lerp_(sums, 1 - config.decay)
             codewords = self.codebook[tile]
-            if config.by_gradient:
+            if config.kind == "gradient":
                 if config.normalise:
                     codewords.copy_(self._on_sphere(codewords))
             else:
@@ -289,9 +313,8 @@ class VectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._steps = int(self.num_updates)
         self._initialised, self._num_start_vectors = bool(self.ema_count.sum() > 0), 0
-        self._bypass = not self._initialised and self._steps < self.config.start_after
+        self._bypass = self._bypass and not self._initialised
         self._pending = None
 
 

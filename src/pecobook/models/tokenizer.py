@@ -16,8 +16,9 @@ from pecobook.models.export import Card, Exported
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.snippets import TO_GREY, quoted, read_image_call
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
+from pecobook.settings.changes import complete
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig, VectorQuantizerConfig
-from pecobook.settings.values import complete, replace, to_dict
+from pecobook.settings.values import replace, to_dict
 from pecobook.utils.devices import exporting
 from pecobook.utils.images import as_images, check_shape
 
@@ -236,6 +237,37 @@ def apply_in_batches(
         return function(rows)
     outputs = [function(batch.to(device)) for batch in torch.split(rows, batch_size)]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(rows.device)
+
+
+class ForeignTokenizer(nn.Module):
+    """What the tokenizers of others share: `encode` and `decode`, some RGB images at a time.
+
+    A tokenizer has `codebook`, `num_codewords` and `stride`, and does a batch in `_encode` and `_decode`.
+    """
+
+    @torch.no_grad()
+    def encode(self: Any, images: Tensor, *, batch_size: int = 64, check: bool = True) -> Tensor:
+        """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
+
+        Raises:
+            ValueError: as `PerceptualTokenizer.encode`.
+        """
+        images = as_images(images, (3,), self.stride, check=check)
+        encoded: Tensor = apply_in_batches(self._encode, images, batch_size, self.codebook.device)
+        return encoded
+
+    @torch.no_grad()
+    def decode(self: Any, codes: Tensor, *, batch_size: int = 64) -> Tensor:
+        """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1].
+
+        Raises:
+            WeightsError: the tokenizer has no decoder of pixels.
+        """
+        require_pixels(self, "This tokenizer", "decode codes to images")
+        decoded: Tensor = apply_in_batches(
+            self._decode, as_codes(codes, self.num_codewords), batch_size, self.codebook.device
+        )
+        return decoded
 
 
 # Statistics of the quantizer that only training reads. Exports omit them: they contain the codebook alone.

@@ -15,9 +15,8 @@ from pecobook.models.nearest import nearest_codeword
 from pecobook.models.public_tokenizers import LAYOUTS, load_public_model
 from pecobook.models.tokenizer import (
     TRAINING_ONLY_BUFFERS,
+    ForeignTokenizer,
     PerceptualTokenizer,
-    apply_in_batches,
-    as_codes,
 )
 from pecobook.utils.given import given
 from pecobook.utils.images import as_images
@@ -111,7 +110,7 @@ def fingerprint(tokenizer: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class DiffusersTokenizer(nn.Module):
+class DiffusersTokenizer(ForeignTokenizer):
     """A VQModel of diffusers, such as the VQGANs of latent diffusion, of taming-transformers and of LlamaGen.
 
     Args:
@@ -141,22 +140,6 @@ class DiffusersTokenizer(nn.Module):
     def image_size(self) -> int:
         """Side of the training images, pixels."""
         return int(self.model.config.sample_size)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int = 64, check: bool = True) -> Tensor:
-        """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
-
-        Raises:
-            ValueError: as `PerceptualTokenizer.encode`.
-        """
-        images = as_images(images, (3,), self.stride, check=check)
-        return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1]."""
-        codes = as_codes(codes, self.num_codewords)
-        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
         latents = self.model.encode(images * 2 - 1).latents  # (B, D, h, w)

@@ -91,8 +91,8 @@ class Backbone(Exported):
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
         """Build the network that `settings` describes, with random weights."""
-        settings = pooling_trained_features(settings)
         network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
+        _check_pooling(network, settings)
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
@@ -204,24 +204,10 @@ class Classifier(Backbone):
         return {**super().settings(), "classes": list(self.classes), "crop": self.crop}
 
 
-def pooling_trained_features(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an export with the pooling of a feature that was trained.
-
-    Masked modelling trains the patches and never the class token, which timm's plain ViTs pool by default. A network
-    of masked modelling therefore pools the mean of its patches, as fine-tuning does. Exports of earlier versions name
-    no pooling.
-
-    Raises:
-        WeightsError: timm's network cannot pool patches.
-    """
-    import torch
-
-    name, args = settings["name"], settings["args"]
-    if not settings.get("target") or args.get("global_pool", "token") != "token":
-        return settings
-    with torch.device("meta"):  # no memory and no time for weights
-        pools_class_token = getattr(create_network(name, **args), "global_pool", "") == "token"
-    return {**settings, "args": args | {"global_pool": "avg"}} if pools_class_token else settings
+def _check_pooling(network: nn.Module, settings: dict[str, Any]) -> None:
+    """Raise WeightsError for an export of masked modelling that pools the class token, which was never trained."""
+    if settings.get("target") and getattr(network, "global_pool", "") == "token":
+        raise WeightsError("it is of masked modelling before version 0.1.0, and pools a class token without training.")
 
 
 def load_backbone(
@@ -285,10 +271,11 @@ def _load_run(
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     name, size = config["name"], config.get("image_size")
     traits = network_traits(name, config["args"])
-    args = pooling_trained_features(config)["args"] | _pooling_args(traits, options["pool_mean"])
+    args = config["args"] | _pooling_args(traits, options["pool_mean"])
     if image_size is not None and image_size != size and traits.takes_size:
         args, size = args | {"img_size": image_size}, image_size
     network = create_network(name, num_classes=0, **_runtime_args(traits, options), **args)
+    _check_pooling(network, config)
     normalisation = Normalisation(tuple(config["mean"]), tuple(config["std"]), "as the run was trained")
     left: tuple[str, ...] = ()
     if weights is None:

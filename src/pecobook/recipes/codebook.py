@@ -165,7 +165,6 @@ def paper() -> CodebookConfig:
             revive_after=100,
             start_after=0,
             commitment=0.25,
-            learning="ema",
             normalise=False,
             precision="fp32",
         ),

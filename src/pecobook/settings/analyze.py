@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.images import ImagesConfig, check_normalisation
 from pecobook.settings.perceptual import check_layers
-from pecobook.settings.values import LARGEST, between, not_negative, positive
+from pecobook.settings.values import LARGEST, between, not_negative, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class AnalyzeConfig(ImagesConfig):
     """Find out what the codewords of one or more tokenizers mean, on your images."""
 

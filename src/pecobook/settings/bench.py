@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import not_negative, positive
+from pecobook.settings.values import not_negative, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class BenchConfig(ImagesConfig):
     """Measure how fast pre-training runs on this machine."""
 

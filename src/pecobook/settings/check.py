@@ -7,10 +7,10 @@ from typing import Literal
 
 from pecobook.settings.config_files import errors_with_lines, read_config
 from pecobook.settings.images import MAX_WORKERS, ImagesConfig
-from pecobook.settings.values import between, refuse, replace
+from pecobook.settings.values import between, refuse, replace, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class CheckConfig(ImagesConfig):
     """Look at every image as a command would read it: what it would learn from, and what is wrong.
 

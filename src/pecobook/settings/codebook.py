@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 from pecobook.errors import ConfigError
@@ -10,10 +9,10 @@ from pecobook.settings.initial import tokenizer_of
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, CropTrainConfig
-from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive
+from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class AdversarialConfig:
     """The patch discriminator, which learns to distinguish reconstructions from images (equation 8)."""
 
@@ -32,7 +31,7 @@ class AdversarialConfig:
         positive(self, "width", "num_layers", most=MAX_WIDTH)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ExplicitConfig:
     """The loss on the codewords themselves (Table 6), instead of or in addition to the perceptual loss on images."""
 
@@ -57,7 +56,7 @@ class ExplicitConfig:
         positive(self, "hidden_dim", "output_dim", most=MAX_WIDTH)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class TargetConfig:
     """The features that the decoder predicts under --target-features."""
 
@@ -74,7 +73,7 @@ class TargetConfig:
         between(self, 0, 4096, "input_size")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class CodebookConfig(CropTrainConfig):
     """Train a perceptual codebook on your images."""
 
@@ -108,7 +107,7 @@ class CodebookConfig(CropTrainConfig):
             raise ConfigError(
                 f"--model.in-channels {self.model.in_channels}: images are read as 3 channels or 1 (grey)."
             )
-        kind = "gradient" if self.quantizer.by_gradient else self.quantizer.kind
+        kind = self.quantizer.kind
         if kind in ("gradient", "simvq", "ibq") and self.strategy == "fsdp":
             raise ConfigError(f"--quantizer.kind {kind} needs unsharded codewords: use --strategy ddp.")
         if self.quantizer.factors not in (0, self.model.latent_dim):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+from pecobook.settings.values import settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class CompareConfig:
     """Set training runs side by side: curves, last evaluations, the settings in which they differ."""
 

@@ -12,6 +12,8 @@ from typing import Any
 from pecobook.errors import ConfigError, first_line
 from pecobook.utils.json_files import read_json
 
+_RETIRED = {"quantizer": ("learning", "ema")}
+"""Settings of version 0.1.0 that are gone: the group, the name, and the value that had no effect."""
 _SETTING = re.compile(r"(?:Unknown setting '|--)([\w.-]+)")
 
 
@@ -31,8 +33,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"There is no configuration file '{file}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{file}' cannot be read: {first_line(error).rstrip('.')}.") from None
-    named: dict[str, Any] = _with_underscores(content)
-    return named
+    return without_retired(_with_underscores(content))
+
+
+def without_retired(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an earlier version without those that are gone; a value that had an effect stays."""
+    groups = {group: settings[group] for group in _RETIRED if isinstance(settings.get(group), dict)}
+    kept = {group: {k: v for k, v in values.items() if (k, v) != _RETIRED[group]} for group, values in groups.items()}
+    return settings | kept
 
 
 def config_file(path: str | Path) -> Path:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from pecobook.settings.images import JitterConfig, PhotometricConfig
 from pecobook.settings.initial import network_of
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, ProbedTrainConfig
-from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive
+from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ContrastConfig(ProbedTrainConfig):
     """Train a feature network on your images by MoCo v3."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 from pecobook.settings.images import MAX_LENGTH, ManyRunsConfig
-from pecobook.settings.values import LARGEST, between, positive
+from pecobook.settings.values import LARGEST, between, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class DemoConfig(ManyRunsConfig):
     """Run all stages on the built-in photographs or on your images, and write a report."""
 

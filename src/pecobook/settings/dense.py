@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from pecobook.settings.values import not_negative
+from pecobook.settings.values import not_negative, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class PyramidConfig:
     """The backbone on images larger than those it was pre-trained on."""
 

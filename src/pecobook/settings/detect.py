@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import MAX_IMAGE_SIZE, NormalisationConfig
 from pecobook.settings.training import OptimConfig, StartConfig, TrainConfig
-from pecobook.settings.values import between, positive, refuse
+from pecobook.settings.values import between, positive, refuse, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class DetectorConfig:
     """The heads of the detector."""
 
@@ -32,7 +30,7 @@ class DetectorConfig:
         between(self, 0.0, 1.0, "score_threshold")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class DetectConfig(TrainConfig, StartConfig, NormalisationConfig):
     """Train a detector of boxes and masks on a backbone.
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig, NormalisationConfig
 from pecobook.settings.tokenize import check_shard, part_of
-from pecobook.settings.values import between, positive, refuse
+from pecobook.settings.values import between, positive, refuse, settings_class
 
 Pool: TypeAlias = Literal["auto", "mean", "class", "both", "none"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class EmbedConfig(ImagesConfig, NormalisationConfig):
     """Write a feature vector of every image of a source, with the image's name, split and label."""
 

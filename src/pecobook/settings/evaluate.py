@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig
 from pecobook.settings.perceptual import check_layers
-from pecobook.settings.values import LARGEST, between, different, positive
+from pecobook.settings.values import LARGEST, between, different, positive, settings_class
 
 Metric = Literal["rfid", "is", "psnr", "ssim", "lpips", "perceptual", "usage", "speed"]
 METRICS: tuple[Metric, ...] = ("rfid", "is", "psnr", "ssim", "lpips", "perceptual", "usage", "speed")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class EvaluateConfig(ImagesConfig):
     """Measure tokenizers side by side on the same images: rFID, IS, PSNR, SSIM, LPIPS, usage, speed."""
 

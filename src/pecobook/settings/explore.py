@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import between, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ExploreConfig(ImagesConfig):
     """Serve a page on this machine to look at token maps, click codewords and paint masks."""
 

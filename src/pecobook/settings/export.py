@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
+from pecobook.settings.values import settings_class
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@settings_class
 class ExportConfig:
     """Write a run's weights for another library."""
 

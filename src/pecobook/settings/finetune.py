@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.images import NormalisationConfig
 from pecobook.settings.training import CropTrainConfig, OptimConfig, ResidualConfig, StartConfig
-from pecobook.settings.values import below_one, between, not_negative, positive
+from pecobook.settings.values import below_one, between, not_negative, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class FinetuneConfig(CropTrainConfig, StartConfig, NormalisationConfig, ResidualConfig):
     """Fine-tune a backbone on labelled images."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, TypeAlias
 
-from pecobook.settings.values import between, not_negative, positive, refuse
+from pecobook.settings.values import between, not_negative, positive, refuse, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class JitterConfig:
     """Strength and probability of changes of brightness and colour; the defaults are MoCo v3's (arXiv 2104.02057)."""
 
@@ -32,7 +31,7 @@ class JitterConfig:
         between(self, 0.0, 1.0, "jitter", "grey")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class PhotometricConfig(JitterConfig):
     """Strength and probability of changes of brightness and colour, of blur and of solarisation."""
 
@@ -54,7 +53,7 @@ AUTO: RangeSetting = ("auto",)
 """The value of --value-range that chooses the range."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ImagesConfig:
     """The images that a command reads."""
 
@@ -77,7 +76,7 @@ def check_value_range(setting: RangeSetting) -> None:
         refuse("value_range", f"is auto or two ascending numbers LOW HIGH, not '{' '.join(map(str, setting))}'.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class NormalisationConfig:
     """The normalisation of the images that a loaded network reads."""
 
@@ -100,7 +99,7 @@ def check_normalisation(config: Any, mean: str, std: str, *, lowest: float = 0.0
             refuse(name, f"takes three numbers, not {len(getattr(config, name))}.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ManyRunsConfig(ImagesConfig):
     """The images of a command that trains many runs and resumes in its folder."""
 

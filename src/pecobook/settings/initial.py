@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pecobook.settings.changes import complete
 from pecobook.settings.tokenizer import TokenizerConfig
-from pecobook.settings.values import complete, to_dict
+from pecobook.settings.values import to_dict
 from pecobook.utils.json_files import OBJECT, TEXT, WHOLE, Schema, read_if_valid
 
 _BACKBONE: Schema = {"kind": TEXT, "name": TEXT, "args": OBJECT}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 from typing import Any, Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import check_normalisation
-from pecobook.settings.values import between, coerce, different, field_name, not_negative, refuse, replace
+from pecobook.settings.values import (
+    between,
+    coerce,
+    different,
+    field_name,
+    not_negative,
+    refuse,
+    replace,
+    settings_class,
+)
 
 Normalisation = Literal["unit-rms", "layernorm", "none"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class PerceptualDistanceConfig:
     """The frozen network and the comparison of its features: the settings of `PerceptualDistance`."""
 
@@ -55,7 +63,7 @@ def check_layers(config: object, name: str) -> None:
         refuse(name, f"takes one or more layers, counted from 1, not {' '.join(map(str, wrong)) or 'none'}.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class PerceptualConfig(PerceptualDistanceConfig):
     """The frozen network whose features the reconstruction must match."""
 

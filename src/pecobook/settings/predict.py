@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 from pecobook.settings.images import AUTO, check_value_range
 from pecobook.settings.segment import SegmentTestConfig
-from pecobook.settings.values import LARGEST, between, positive, refuse
+from pecobook.settings.values import LARGEST, between, positive, refuse, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class AttackConfig:
     """Attacks on a classifier (paper, Table 11).
 
@@ -36,7 +35,7 @@ class AttackConfig:
             refuse("names", f"takes each attack once, not {self.names}.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class PredictConfig:
     """Apply a trained classifier, segmenter or detector to images."""
 

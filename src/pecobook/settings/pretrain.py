@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.initial import network_of
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, ProbedTrainConfig, ResidualConfig
-from pecobook.settings.values import MAX_WIDTH, between, positive
+from pecobook.settings.values import MAX_WIDTH, between, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class MaskConfig:
     """The mask of the patches that the ViT does not see."""
 
@@ -27,7 +26,7 @@ class MaskConfig:
         positive(self, "num_masked", "min_block")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class DecoderConfig:
     """The light decoder of the accelerated form (Table 8), as in MAE."""
 
@@ -44,7 +43,7 @@ class DecoderConfig:
             raise ConfigError(f"--decoder.width must be a multiple of {4 * self.num_heads} (4 x --decoder.num-heads).")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class PretrainConfig(ProbedTrainConfig, ResidualConfig):
     """Pre-train a ViT on the tokens of your images."""
 

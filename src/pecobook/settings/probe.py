@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.images import MAX_IMAGE_SIZE, ImagesConfig, NormalisationConfig
-from pecobook.settings.values import LARGEST, between, positive
+from pecobook.settings.values import LARGEST, between, positive, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ProbeConfig(ImagesConfig, NormalisationConfig):
-    """Measure linear probe and k-NN accuracy of a frozen backbone, or of a tokenizer's codewords."""
+    """Measure linear probe and k-NN accuracy of a frozen backbone, or of a tokenizer's codewords.
+
+    --backbone names either: a backbone, or a tokenizer such as a codebook run.
+    """
 
     data: str = "photos"
     """Labelled images: a folder of class folders, a parquet file or folder, tar shards, hf:owner/name, or photos."""

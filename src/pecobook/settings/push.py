@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
-from pecobook.settings.values import refuse
+from pecobook.settings.values import refuse, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class PushConfig:
     """Upload the export of a run, and nothing else of it, to the Hugging Face hub."""
 

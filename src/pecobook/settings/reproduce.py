@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 from pecobook.settings.images import MAX_LENGTH, ManyRunsConfig
 from pecobook.settings.perceptual import check_layers
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import LARGEST, between, not_negative, positive, refuse
+from pecobook.settings.values import LARGEST, between, not_negative, positive, refuse, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ReproduceConfig(ManyRunsConfig):
     """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import MAX_IMAGE_SIZE, NormalisationConfig, PhotometricConfig
 from pecobook.settings.training import CompileTrainConfig, OptimConfig, StartConfig
-from pecobook.settings.values import between, positive, refuse
+from pecobook.settings.values import between, positive, refuse, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class SegmentTestConfig:
     """Segmentation of images of any size in the test."""
 
@@ -37,7 +35,7 @@ class SegmentTestConfig:
             refuse("scales", "takes one or more factors above 0.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class SegmenterConfig:
     """The heads of the segmenter."""
 
@@ -52,7 +50,7 @@ class SegmenterConfig:
         between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class SegmentConfig(CompileTrainConfig, SegmenterConfig, StartConfig, NormalisationConfig):
     """Train semantic segmentation on images with masks."""
 

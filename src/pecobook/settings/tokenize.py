@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig, PhotometricConfig
 from pecobook.settings.training import Precision, check_devices
-from pecobook.settings.values import LARGEST, Resume, between, positive, refuse
+from pecobook.settings.values import LARGEST, Resume, between, positive, refuse, settings_class
 
 VIEW_SETTINGS = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
 """Settings of a bank's views, which pre-training has too."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class TokenizeConfig(ImagesConfig):
     """Tokenize named views of your images once, for any number of pre-training runs."""
 

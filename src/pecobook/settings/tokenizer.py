@@ -7,14 +7,14 @@ import math
 from typing import Literal
 
 from pecobook.errors import ConfigError
-from pecobook.settings.values import MAX_WIDTH, below_one, not_negative, positive, refuse
+from pecobook.settings.values import MAX_WIDTH, below_one, not_negative, positive, refuse, settings_class
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
 QuantizerKind = Literal["ema", "gradient", "fsq", "simvq", "lfq", "ibq"]
 PaddingMode = Literal["zeros", "reflect", "replicate"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class AutoencoderConfig:
     """The shape of the encoder and, mirrored, of the decoder."""
 
@@ -75,7 +75,7 @@ class AutoencoderConfig:
         return dataclasses.replace(self, channels=widths, num_blocks=blocks, decoder_width=1.0, decoder_blocks=0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class VectorQuantizerConfig:
     """The codewords and their learning rule: the settings of `VectorQuantizer`, and of the quantizers beside it."""
 
@@ -100,8 +100,6 @@ class VectorQuantizerConfig:
     start_after: int = 0
     """Number of steps during which latent vectors are not quantised, at most half of the training. k-means then
     initialises the codebook on trained features, from which a short training gains much."""
-    learning: Literal["ema", "gradient"] = "ema"
-    """The earlier form of --quantizer.kind: gradient is kind gradient."""
     normalise: bool = False
     """Scale latent vectors and codewords to unit length, usual with few dimensions (--model.latent-dim 8): the distance
     then depends on directions alone, and more of a large codebook is used."""
@@ -125,13 +123,8 @@ class VectorQuantizerConfig:
             refuse("levels", "is for --quantizer.kind fsq alone.")
         if self.kind == "lfq" and self.num_codewords.bit_count() != 1:
             refuse("num_codewords", f"must be a power of 2 for lfq, not {self.num_codewords}.")
-        if not self.revives and (self.normalise or self.learning == "gradient"):
-            refuse("kind", f"{self.kind} has no --quantizer.normalise and no --quantizer.learning.")
-
-    @property
-    def by_gradient(self) -> bool:
-        """Whether the codebook of `VectorQuantizer` learns by gradient rather than by moving averages."""
-        return "gradient" in (self.kind, self.learning)
+        if not self.revives and self.normalise:
+            refuse("kind", f"{self.kind} has no --quantizer.normalise.")
 
     @property
     def revives(self) -> bool:
@@ -141,7 +134,7 @@ class VectorQuantizerConfig:
     @property
     def has_loss(self) -> bool:
         """Whether the quantizer has a loss of its own, beside the commitment loss."""
-        return self.by_gradient or self.kind != "ema"
+        return self.kind != "ema"
 
     @property
     def factors(self) -> int:
@@ -149,7 +142,7 @@ class VectorQuantizerConfig:
         return {"fsq": len(self.levels), "lfq": self.num_codewords.bit_length() - 1}.get(self.kind, 0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class QuantizerConfig(VectorQuantizerConfig):
     """The codebook, its learning rule and the commitment loss."""
 
@@ -161,7 +154,7 @@ class QuantizerConfig(VectorQuantizerConfig):
         not_negative(self, "commitment")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class TokenizerConfig:
     """The settings from which a tokenizer is built."""
 

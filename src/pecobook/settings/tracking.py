@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from pecobook.settings.values import different
+from pecobook.settings.values import different, settings_class
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class TrackingConfig:
     """Where Weights & Biases and MLflow keep a run, for --loggers wandb and mlflow."""
 

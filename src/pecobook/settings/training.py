@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from typing import Any, Literal, cast
@@ -21,6 +20,7 @@ from pecobook.settings.values import (
     not_negative,
     positive,
     refuse,
+    settings_class,
 )
 from pecobook.utils.json_files import parse_json
 
@@ -29,7 +29,7 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 AttentionKernel = Literal["sdpa", "triton"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class BaseOptimConfig:
     """The optimizer and the schedule of its learning rate."""
 
@@ -87,7 +87,7 @@ class BaseOptimConfig:
         return 1.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class OptimConfig(BaseOptimConfig):
     """The optimizer and its schedule, with learning rates by layer for a pre-trained backbone."""
 
@@ -99,7 +99,7 @@ class OptimConfig(BaseOptimConfig):
         between(self, 0.0, 1.0, "layer_decay")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class StartConfig:
     """The backbone that a training with labels starts from."""
 
@@ -136,7 +136,7 @@ def check_devices(config: Any) -> None:
         refuse("devices", f"must be a number above 0 or auto, not '{config.devices}'.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class TrainConfig(ImagesConfig):
     """The settings of every training command."""
 
@@ -240,7 +240,7 @@ class TrainConfig(ImagesConfig):
         return "default"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class CompileTrainConfig(TrainConfig):
     """The settings of every training command whose step torch.compile can compile."""
 
@@ -256,7 +256,7 @@ class CompileTrainConfig(TrainConfig):
             refuse("compile_mode", "has no effect without --compile: give both.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class CropTrainConfig(CompileTrainConfig):
     """The settings of every training command that learns from random crops."""
 
@@ -269,7 +269,7 @@ class CropTrainConfig(CompileTrainConfig):
         between(self, 0.0, 1.0, "min_crop")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ResidualConfig:
     """The residual stream of a transformer."""
 
@@ -278,7 +278,7 @@ class ResidualConfig:
     memory and time on a GPU, and rounds the sum after every block."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class ProbedTrainConfig(CropTrainConfig):
     """The settings of every training command that learns features without labels."""
 
@@ -297,7 +297,7 @@ class ProbedTrainConfig(CropTrainConfig):
         positive(self, "probe_images")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings_class
 class BackboneConfig:
     """A network of timm, given by name and arguments."""
 

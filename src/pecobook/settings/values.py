@@ -23,24 +23,6 @@ from pecobook.errors import ConfigError, did_you_mean
 from pecobook.settings.config_files import errors_with_lines, read_config
 
 C = TypeVar("C")
-# Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
-FREE_ON_RESUME = frozenset(
-    {
-        *("out", "resume", "overwrite", "dry_run", "verify_data", "accept_data_change"),
-        *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
-        *(f"tracking.{name}" for name in ("project", "entity", "group", "tags", "offline")),
-        *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
-        *("evaluation_images", "knn_images", "pyramid.checkpointing", "probe_data", "probe_every", "probe_images"),
-        *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
-    }
-)
-
-# Settings that commands had before version 0.1 and did not read; config.json of a run made before 0.1 may contain them.
-RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise", "compile"})
-
-# The value that a setting had, in effect, before there was the setting, where it differs from the default.
-BEFORE = {"group_size": 0, "value_range": [0.0, 65535.0]}
-
 # No setting takes a larger number: those for which a limit of their own is useful state it.
 LARGEST = 2**31 - 1
 MAX_WIDTH = 2**16
@@ -135,6 +117,35 @@ def narrow(config: Any) -> None:
                 refuse(f"{field.name}.{inner.name}", "is not a setting of this command, which would not read it.")
         values = {name: getattr(group, name) for name in names}
         object.__setattr__(config, field.name, typing.cast("type[Any]", kind)(**values))
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings_class(config_type: type[C]) -> type[C]:
+    """Make a class of settings: a frozen dataclass, built by keywords, whose fields take their declared choices alone.
+
+    A value that is none of the choices raises ConfigError, also where Python code builds the settings.
+    """
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(config_type)
+    build = made.__init__
+
+    @functools.wraps(build)
+    def checked(self: C, **values: Any) -> None:
+        choices = _choices(made) if values else {}  # type: ignore[arg-type]  # mypy takes no type as hashable
+        build(self, **{name: coerce(v, choices[name], name) if name in choices else v for name, v in values.items()})
+
+    made.__init__ = checked  # type: ignore[assignment]
+    return made
+
+
+@functools.cache
+def _choices(config_type: type[Any]) -> dict[str, Any]:
+    """Return the fields that take one of some words, or several of them, with the types of their values."""
+    kinds = typing.get_type_hints(config_type)
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if any(get_origin(part) is Literal for part in (kind, *get_args(kind)))
+    }
 
 
 def flag(name: str) -> str:
@@ -347,40 +358,4 @@ def load(default: C, path: str | Path, command: str = "") -> C:
     if command and written_by != command:
         raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
     with errors_with_lines(path):
-        return replace(default, _without_retired(values, default))
-
-
-def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values without retired settings that `default` has no field for."""
-    field_names = {field.name for field in dataclasses.fields(default)}
-    current = {name: value for name, value in values.items() if name in field_names or prefix + name not in RETIRED}
-    for name, value in current.items():
-        if isinstance(value, dict) and dataclasses.is_dataclass(getattr(default, name, None)):
-            current[name] = _without_retired(value, getattr(default, name), f"{prefix}{name}.")
-    return current
-
-
-def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an earlier version, with the values of the settings that this version did not have.
-
-    A new setting has its default, or what an earlier version computed in its place (`BEFORE`).
-    """
-    completed = defaults | {name: BEFORE[name] for name in BEFORE.keys() & defaults.keys()} | old
-    for name, value in defaults.items():
-        if isinstance(value, dict) and isinstance(old.get(name), dict):
-            completed[name] = complete(old[name], value)
-    return completed
-
-
-def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return a line such as `optim.lr: 0.001 -> 0.01` for every changed setting that must not change on resume."""
-    lines: list[str] = []
-    for name in sorted(old.keys() | new.keys()):
-        before, after, full = old.get(name), new.get(name), prefix + name
-        if full in RETIRED and name not in new:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += changed_settings(before, after, f"{full}.")
-        elif before != after and full not in FREE_ON_RESUME:
-            lines.append(f"{flag(full)}: {before} -> {after}")
-    return lines
+        return replace(default, values)

@@ -36,10 +36,11 @@ from pecobook.errors import Preflight, RunFolderError, first_line
 from pecobook.models.cost import known_flop
 from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
+from pecobook.settings.changes import changed_settings
 from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import ProbedTrainConfig, TrainConfig
-from pecobook.settings.values import changed_settings, to_dict
+from pecobook.settings.values import to_dict
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.given import hook
 from pecobook.utils.printer import doing, of_run, show

@@ -92,8 +92,7 @@ class OutputFolder:
         parent = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
         if not parent.is_dir():
             raise RunFolderError(f"--out '{out}' cannot be created: '{parent}' is a file.")
-        if not os.access(parent, os.W_OK):
-            raise RunFolderError(f"--out '{out}' cannot be written: no permission in '{parent}'.")
+        _check_permission(out, parent)
 
     def _check_apart_from_data(self) -> None:
         """Raise RunFolderError when the folder is, contains or lies inside the folder of images."""
@@ -188,9 +187,16 @@ def _check_length(path: Path) -> None:
 
 
 def check_new_file(out: str) -> None:
-    """Raise RunFolderError when the file of `--out` exists already or has no folder; an empty `out` names no file."""
-    _check_length(Path(out))
-    if out and Path(out).exists():
+    """Raise RunFolderError when the file of `--out` exists or cannot be written; an empty `out` names no file."""
+    file = Path(out)
+    _check_length(file)
+    if out and file.exists():
         raise RunFolderError(f"--out '{out}' exists already: name another file.")
-    if out and not Path(out).parent.is_dir():
-        raise RunFolderError(f"--out '{out}' cannot be written: make the folder '{Path(out).parent}' first.")
+    if out and not file.parent.is_dir():
+        raise RunFolderError(f"--out '{out}' cannot be written: make the folder '{file.parent}' first.")
+    _check_permission(file, file.parent)
+
+
+def _check_permission(out: Path, folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise RunFolderError(f"--out '{out}' cannot be written: no permission in '{folder}'.")

@@ -19,7 +19,7 @@ from pecobook.analysis.arrays import Array
 from pecobook.analysis.atlas import Atlas
 from pecobook.analysis.codewords import bag_of_codes, code_usage, matches, mean_codewords, query_points
 from pecobook.analysis.figures import gallery_picture
-from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
+from pecobook.analysis.position import information_given_position, moved_codes, opposite_halves, position_dependence
 from pecobook.analysis.probe import MIN_IMAGES, linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, float_parts, in_batches, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
@@ -36,7 +36,7 @@ from pecobook.commands.analyze.pictures import (
     gallery_codewords,
     pictures_of,
 )
-from pecobook.commands.extract import extract
+from pecobook.commands.extract import extract_codes
 from pecobook.data.stream import read_all
 from pecobook.data.tokens import TokenBank
 from pecobook.models.perceptual import PerceptualDistance
@@ -234,15 +234,11 @@ def _train_codes(
     train, tokenizer = inputs.splits.train, tokenizer_input.tokenizer
     if train.labels is None:
         return None
-    features, labels = extract(
-        train,
-        tokenizer.image_size,
-        config.max_train,
-        lambda images: {"codes": encode_all(tokenizer, images).int()},
-        f"codes of {tokenizer_input.name}",
+    codes, labels = extract_codes(
+        tokenizer, train, tokenizer.image_size, config.max_train, f"codes of {tokenizer_input.name}"
     )
     assert labels is not None
-    return features["codes"], labels
+    return codes, labels
 
 
 def code_probes(
@@ -268,10 +264,9 @@ def code_probes(
     num_bags = max(_BAG_VALUES // tokenizer.num_codewords, 1)
     mean = partial(mean_codewords, codebook=tokenizer.codebook.detach().float().cpu())
     bag = partial(bag_of_codes, num_codewords=tokenizer.num_codewords)
-    half = checkerboard((codes.shape[1], codes.shape[2]))
-    plain, crossed = (train_codes, codes), (train_codes[:, half], codes[:, ~half])
+    plain, crossed = (train_codes, codes), opposite_halves(train_codes, codes)
     probes = [(mean, plain), (bag, plain)]
-    if min(int(half.sum()), int((~half).sum())) >= 2:
+    if crossed is not None:
         probes += [(mean, crossed), (bag, crossed)]
     for name, (feature, (train_part, test_part)) in zip(PROBES, probes, strict=False):
         count = num_bags if feature is bag else len(train_labels)

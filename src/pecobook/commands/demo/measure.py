@@ -159,9 +159,12 @@ def _accuracy(probes: Probes, kind: str) -> float | None:
 
 def _mim(job: Job, probes: Probes) -> dict[str, Any]:
     logged = [record for record in read_metrics(Path(job.config.out) / "metrics.jsonl") if "evaluation/loss" in record]
+    last = logged[-1]
+    of_position = last.get("evaluation/accuracy_of_position")  # none for a single held-out image
     return {
-        "loss": round(logged[-1]["evaluation/loss"], 4),
-        "accuracy": round(logged[-1]["evaluation/accuracy"], 3),
+        "loss": round(last["evaluation/loss"], 4),
+        "accuracy": round(last["evaluation/accuracy"], 3),
+        "accuracy_of_position": None if of_position is None else round(of_position, 3),
         "linear": _accuracy(probes, "linear"),
         "knn": _accuracy(probes, "knn"),
     }

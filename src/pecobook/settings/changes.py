@@ -1,0 +1,42 @@
+"""Comparison of the settings with which a run began and those with which it is continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pecobook.settings.config_files import without_retired
+from pecobook.settings.values import flag
+
+# Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
+FREE_ON_RESUME = frozenset(
+    {
+        *("out", "resume", "overwrite", "dry_run", "verify_data", "accept_data_change"),
+        *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
+        *(f"tracking.{name}" for name in ("project", "entity", "group", "tags", "offline")),
+        *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
+        *("evaluation_images", "knn_images", "pyramid.checkpointing", "probe_data", "probe_every", "probe_images"),
+        *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
+    }
+)
+
+
+def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an earlier version, with the defaults of the settings that this version did not have."""
+    old = without_retired(old)
+    completed = defaults | old
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(old.get(name), dict):
+            completed[name] = complete(old[name], value)
+    return completed
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return a line such as `optim.lr: 0.001 -> 0.01` for every changed setting that must not change on resume."""
+    lines: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after, full = old.get(name), new.get(name), prefix + name
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += changed_settings(before, after, f"{full}.")
+        elif before != after and full not in FREE_ON_RESUME:
+            lines.append(f"{flag(full)}: {before} -> {after}")
+    return lines
