@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from pecobook.data import remote
+from pecobook.data import remote, remote_cache
 from pecobook.data.images import open_images
 from pecobook.data.remote import RemotePath
 from pecobook.data.remote_refusals import RefusedError
@@ -103,7 +103,7 @@ def test_a_cache_that_cannot_be_written_costs_requests_and_a_warning(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("PECOBOOK_CACHE", str(tmp_path / "file"))
     for name in ("train-000.tar", "set/data.parquet"):
-        monkeypatch.setattr(remote, "_is_said", False)
+        monkeypatch.setattr(remote_cache, "_is_said", False)
         capsys.readouterr()
         assert values(open_images(f"{server.url}/{name}").train) == values(
             open_images(str(tmp_path / "served" / name)).train
@@ -117,8 +117,8 @@ def test_a_row_group_larger_than_the_cache_is_read(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_parquet(tmp_path / "served" / "set")
-    monkeypatch.setattr(remote, "_SCAN_EVERY", 0)
-    monkeypatch.setenv(remote.LIMIT_VARIABLE, "0.000000001")
+    monkeypatch.setattr(remote_cache, "_SCAN_BYTES", 0)
+    monkeypatch.setenv(remote_cache.LIMIT_VARIABLE, "0.000000001")
     there = open_images(f"{server.url}/set/data.parquet").train
     assert values(there) == values(open_images(str(tmp_path / "served" / "set")).train)
     assert not list((tmp_path / "cache" / "remote").glob("*/*.arrow"))
@@ -131,5 +131,5 @@ def test_cache__what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> 
     for file in (old, new, block):
         file.write_bytes(b"data")
     os.utime(old, (time.time() - 7200,) * 2)
-    remote.remove_unused()
+    remote_cache.remove_unused()
     assert sorted(folder.iterdir()) == [new, block]

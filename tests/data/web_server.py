@@ -1,4 +1,4 @@
-"""A web server of files on loopback, which has troubles when a test says so."""
+"""Servers of files on loopback: a web server, which has troubles when a test says so, and one that speaks S3."""
 
 from __future__ import annotations
 
@@ -106,6 +106,29 @@ def server(tmp_path: Path) -> Iterator[Server]:
     yield served
     served.server.shutdown()
     served.server.server_close()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    moto_server = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    import boto3
+
+    served = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    served.start()
+    _, port = served.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_systems", {})
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="images")
+    yield client
+    served.stop()
 
 
 def make_shards(folder: Path) -> None:

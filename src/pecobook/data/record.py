@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pecobook.data.decode import BadImage
-from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary, arrow_integers
+from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary, arrow_integers, release_memory
 from pecobook.errors import RunFolderError, first_line, printable, some_of
 from pecobook.utils.files import write_atomically
 
@@ -140,6 +140,7 @@ def take(splits: Splits, *, verify: bool = False) -> Record:
     for source, files in zip(sources, listings, strict=True):
         if files is None:
             record = _with_split(record, source, verify=verify)
+    release_memory()
     return record
 
 

@@ -24,7 +24,8 @@ from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, distinct_values, encode_labels, first_and_count
-from pecobook.data.remote import RemotePath, cache_folder
+from pecobook.data.remote import RemotePath
+from pecobook.data.remote_cache import cache_folder
 from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
