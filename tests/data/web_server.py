@@ -34,6 +34,12 @@ class Files(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         file, span = self.root / urlsplit(self.path).path.lstrip("/"), self.headers.get("Range", "")
         self.requests.append((self.path, span))
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         answers = self.trouble.get("first", [])
         if not span and (answer := answers.pop(0) if answers else self.trouble.get("HEAD")):
             self.send_error(answer)

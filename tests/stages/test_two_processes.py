@@ -171,7 +171,7 @@ def test_train__compiled_in_two_processes_equals_uncompiled(
     more = {"tokenizer": str(codebook_run), "devices": "2", "max_steps": "2", **more}
     for compiled in (False, True):
         settings = {**more, "compile": compiled}
-        graphs = two_processes.run(compiled_on_each, str(images), str(tmp_path / str(compiled)), settings)
+        graphs = two_processes.run(compiled_on_each, str(images), str(tmp_path / str(compiled)), settings, limit=500)
         assert all(number > 0 for number in graphs) == compiled
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=tolerance)
     assert {value.dtype for value in export_of(tmp_path / "True").values()} <= {torch.float32, torch.int64}

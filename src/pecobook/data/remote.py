@@ -259,13 +259,15 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
     """
     found: list[str] = []
     for url in names(source):
-        protocol = url.partition("://")[0]
+        protocol, _, place = url.partition("://")
+        if not place.strip("/") or (place.startswith("/") and protocol != "file"):
+            raise DataError(f"--data '{source}' names no server, bucket or folder behind '{protocol}://'.")
         if shown(url) != url:
             address, _, query = url.partition("?")
             found.append(f"{address}?{query.replace('/', '%2F')}")  # a path keeps no repeated slashes
             continue
         is_pattern = re.search(r"[*?\[]", url)
-        if not is_pattern and url.endswith(_SUFFIXES):
+        if not is_pattern and url.lower().endswith(_SUFFIXES):
             found.append(url)
             continue
         paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
@@ -274,10 +276,10 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
         start = "file:///" if protocol == "file" else f"{protocol}://"
         found += [f"{start}{path}" for path in paths]
     files = [RemotePath(url) for url in found]
-    used = [file for file in files if file.suffix in _SUFFIXES]
-    others = (file.suffix for file in files if file.suffix not in _SUFFIXES)
+    used = [file for file in files if file.suffix.lower() in _SUFFIXES]
+    others = (file.suffix for file in files if file.suffix.lower() not in _SUFFIXES)
     left_out = Counter(f"extension {suffix}" if suffix else "no extension" for suffix in others)
-    if len({file.suffix for file in used}) != 1:
+    if len({file.suffix.lower() for file in used}) != 1:
         what = (
             "holds both .tar and .parquet files: name one kind with a pattern"
             if used
