@@ -5,7 +5,9 @@
 
 Each part is a process with a deadline of its own, and ends with the session at the latest. What it prints is written at
 once to OUT/NAME.txt, and the verdict of each part to OUT/session.jsonl. A part that fails or runs out of time does not
-end the others, and a part for which less than its least time is left is named and left out.
+end the others, and a part for which less than its least time is left is named and left out. OUT/summary.txt, which is
+written anew after each part and printed at the end, holds the last lines of all. --continue leaves out what is done, so
+that a second session takes up where the first one ended.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Part(NamedTuple):
@@ -126,28 +130,67 @@ def run(name: str, words: tuple[str, ...], out: Path, seconds: float, *, toy: bo
             process.wait()
 
 
+def tail(file: Path, lines: int = 16) -> str:
+    """Return the last lines that a part has printed, without messages of logs."""
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    shown = [line for line in text.splitlines() if line.strip() and not re.match(r"[WIE]\d{4} |.*Warning: ", line)]
+    return "\n".join(shown[-lines:])
+
+
+def machine() -> str:
+    """Return the GPU, its driver, and the version of PyTorch."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
+    try:
+        gpu = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        gpu = "no GPU of NVIDIA"
+    return f"{gpu}; PyTorch {version('torch')}"
+
+
+def summary(out: Path) -> str:
+    """Return the verdicts of all parts of OUT, the last of each, with what the part has printed."""
+    rows = {row["part"]: row for row in rows_of(out)}
+    texts = [f"== {name}: {row['verdict']} ({row['seconds']:.0f} s)\n{row['tail']}" for name, row in rows.items()]
+    return "\n\n".join([machine(), *texts])
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    file = out / "session.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--out", default="runs/gpu-session")
     parser.add_argument("--only", nargs="+", default=[], help="names of parts")
     parser.add_argument("--toy", action="store_true", help="small sizes, for a CPU")
+    parser.add_argument(
+        "--continue", action="store_true", dest="again", help="leave out the parts that OUT says are done"
+    )
     arguments = parser.parse_args()
+    if unknown := set(arguments.only) - {part.name for part in parts(Path())}:
+        parser.error(f"--only: there are no parts {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
     start, out = time.monotonic(), Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
+    done = {row["part"] for row in rows_of(out) if row["verdict"] == "done"} if arguments.again else set()
     for part in parts(out):
         words = part.toy if arguments.toy else part.words
-        if (arguments.only and part.name not in arguments.only) or not words:
+        if (arguments.only and part.name not in arguments.only) or not words or part.name in done:
             continue
         left = 60 * arguments.minutes - (time.monotonic() - start)
         began = time.monotonic()
         verdict = f"left out: {left:.0f} s are left"
         if left >= part.least:
-            verdict = run(part.name, words, out, min(part.most, left), toy=arguments.toy)
+            verdict = run(part.name, words, out, min(part.most * (4 if arguments.toy else 1), left), toy=arguments.toy)
         row = {"part": part.name, "verdict": verdict, "seconds": round(time.monotonic() - began, 1), "words": words}
+        row["tail"] = "" if verdict.startswith("left out") else tail(out / f"{part.name}.txt")
         with (out / "session.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{time.monotonic() - start:5.0f} s  {part.name:15s} {verdict}", flush=True)
+        (out / "summary.txt").write_text(summary(out) + "\n")
+        print(f"{time.monotonic() - start:5.0f} s  {part.name:17s} {verdict}", flush=True)
+    print(f"\n{summary(out)}")
 
 
 if __name__ == "__main__":

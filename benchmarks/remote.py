@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from pecobook.data import remote
+from pecobook.data import remote, remote_cache
 from pecobook.data.images import open_images
 from pecobook.data.sampler import BatchPositions
 from pecobook.data.source import ImageSource
@@ -72,7 +72,7 @@ def pack(source: ImageSource, folder: Path, count: int, per_shard: int) -> None:
 def read_epoch(source: str, window: int, workers: int) -> tuple[float, int]:
     """Return the images a second of an epoch, with the start of the processes, and the number of images."""
     train = open_images(source).train
-    for block in remote.cache_folder().glob("*/*"):
+    for block in remote_cache.cache_folder().glob("*/*"):
         block.unlink()
     stream = Stream(train, CodebookStage.view(CodebookConfig(image_size=224)), 0, window=window)
     steps = len(train) // 64
@@ -99,7 +99,7 @@ def main() -> None:
         pack(open_images(arguments.data).train, root, arguments.count, arguments.per_shard)
         size = sum(file.stat().st_size for file in root.iterdir())
         os.environ["PECOBOOK_CACHE"] = str(Path(folder) / "cache")
-        os.environ[remote.LIMIT_VARIABLE] = f"{size / 4e9:.6f}"
+        os.environ[remote_cache.LIMIT_VARIABLE] = f"{size / 4e9:.6f}"
         served: list[int] = []
         values = {"root": root, "latency": arguments.latency / 1000, "served": served}
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Ranges,), values))

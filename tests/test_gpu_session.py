@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,9 @@ from benchmarks import gpu_session
 from benchmarks.gpu_session import Part, parts
 
 
-def test_session__goes_on_after_a_crash_and_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session__goes_on_after_a_crash_and_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def python(code: str) -> tuple[str, ...]:
         return ("timeit", "-n", "1", "-r", "1", code)
 
@@ -38,6 +42,42 @@ def test_session__goes_on_after_a_crash_and_a_hang(tmp_path: Path, monkeypatch: 
     assert verdicts["long"].startswith("left out")
     assert "begun" in (tmp_path / "hang.txt").read_text()
     assert "ZeroDivisionError" in (tmp_path / "crash.txt").read_text()
+    printed, summary = capsys.readouterr().out, (tmp_path / "summary.txt").read_text()
+    assert printed.endswith(summary)
+    assert "== good: done (" in summary
+    assert "\nhere\n" in summary
+    assert (
+        summary.index("== crash: failed") < summary.index("== hang: ended after 1 s") < summary.index("== long: left")
+    )
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--continue"])
+    gpu_session.main()
+    again = [json.loads(line)["part"] for line in (tmp_path / "session.jsonl").read_text().splitlines()][len(rows) :]
+    assert again == ["crash", "hang", "long"]
+
+
+def test_session__is_no_time_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--minutes", "0.1", "--out", str(tmp_path)])
+    gpu_session.main()
+    rows = [json.loads(line) for line in (tmp_path / "session.jsonl").read_text().splitlines()]
+    assert [row["part"] for row in rows] == [part.name for part in parts(tmp_path)]
+    assert {row["verdict"] for row in rows} <= {f"left out: {left} s are left" for left in (4, 5, 6)}
+
+
+def test_session__ends_its_part_when_it_is_ended(tmp_path: Path) -> None:
+    code = f"import time, pathlib; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(600)"
+    program = (
+        "import sys; from pathlib import Path; from benchmarks import gpu_session as g;"
+        f"g.parts = lambda _: [g.Part('sleep', 0, 600, ('timeit', '-n', '1', '-r', '1', {code!r}))];"
+        f"sys.argv = ['x', '--out', {str(tmp_path)!r}]; g.main()"
+    )
+    session = subprocess.Popen([sys.executable, "-c", program])
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    (child,) = Path(f"/proc/{session.pid}/task/{session.pid}/children").read_text().split()
+    session.send_signal(signal.SIGTERM)
+    assert session.wait(30) == 143
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_parts__have_names_of_their_own_and_rows_that_exist(tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def test_parts_in_any_order_make_the_bank_of_one_process(
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/codes-*.npy")} == again
 
 
+def test_more_parts_than_files_leave_parts_without_one(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    whole, out = make_bank(images, codebook_run, tmp_path / "whole"), tmp_path / "bank"
+    parts = len(list(whole.glob("*/codes-*.npy"))) + 2
+    api.tokenize("tiny", **settings(images, codebook_run, out, shard=f"{parts}/{parts}"))
+    assert not list(out.glob("*/codes-*.npy"))
+    api.tokenize("tiny", **settings(images, codebook_run, out, shard="1/1"))  # another number of parts
+    assert files(out) == files(whole)
+
+
 def test_tasks_at_once_make_one_bank_and_the_last_reports_it(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     whole, out = make_bank(images, codebook_run, tmp_path / "whole"), tmp_path / "bank"
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings(images, codebook_run, out).items()]
@@ -90,7 +99,7 @@ def test_a_part_is_refused_beside_itself_and_beside_other_settings(
     assert files(out) == before
 
 
-@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "1/0", "a/b", "1/4/2"])
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "1/0", "2/0", "a/b", "1/4/2", "-1/4", "1.0/2", "١/٢", "/"])
 def test_shard__is_a_part_of_parts(shard: str) -> None:
     with pytest.raises(ConfigError, match=f"--shard is I/N with I from 1 to N, as 3/8, not '{shard}'"):
         TokenizeConfig(shard=shard)

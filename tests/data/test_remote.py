@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pecobook.data import remote, sampler
+from pecobook.data import remote, remote_cache, sampler
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.remote import RemotePath, RemoteReader, is_remote
@@ -23,9 +22,9 @@ from pecobook.data.stream import Stream, load
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
 from tests.data.sources import labels, make_parquet, make_tar, names, samples, values
-from tests.data.web_server import Server, make_shards, quick, server
+from tests.data.web_server import Server, bucket, make_shards, quick, server
 
-__all__ = ["quick", "server"]  # the fixtures
+__all__ = ["bucket", "quick", "server"]  # the fixtures
 
 
 def batches(source: str, *, workers: int = 0, start: int = 0, window: int = 0) -> list[dict[str, Any]]:
@@ -140,26 +139,26 @@ def test_shards__what_is_not_there_is_named_at_once(server: Server, tmp_path: Pa
 
 def test_cache__keeps_to_its_limit(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_shards(tmp_path / "served")
-    monkeypatch.setattr(remote, "_SCAN_EVERY", 1)
-    monkeypatch.setenv(remote.LIMIT_VARIABLE, "0.00003")  # 30,000 bytes, six blocks
+    monkeypatch.setattr(remote_cache, "_SCAN_BYTES", 1)
+    monkeypatch.setenv(remote_cache.LIMIT_VARIABLE, "0.00003")  # 30,000 bytes, six blocks
     source = f"{server.url}/train-{{000..002}}.tar"
     whole = batches(source)
     size = sum(block.stat().st_size for block in (tmp_path / "cache" / "remote").glob("*/0*"))
     assert 0 < size <= 30_000
     assert_same(whole, batches(str(tmp_path / "served" / "train-{000..002}.tar")))
-    monkeypatch.setenv(remote.LIMIT_VARIABLE, "much")
+    monkeypatch.setenv(remote_cache.LIMIT_VARIABLE, "much")
     with pytest.raises(ConfigError, match="PECOBOOK_REMOTE_CACHE_GB is 'much'"):
-        remote.limit_bytes()
+        remote_cache.limit_bytes()
 
 
 def test_windows__request_less_where_the_cache_is_small(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_tar(tmp_path / "served" / "train-000.tar", samples(range(256)))
-    monkeypatch.setattr(remote, "_SCAN_EVERY", 1)
+    monkeypatch.setattr(remote_cache, "_SCAN_BYTES", 1)
     monkeypatch.setattr(remote, "BLOCK", 20_000)  # ten images, as in a run
     monkeypatch.setattr(sampler, "_RUNS", 4)
-    monkeypatch.setenv(remote.LIMIT_VARIABLE, "0.00018")  # nine blocks of 26
+    monkeypatch.setenv(remote_cache.LIMIT_VARIABLE, "0.00018")  # nine blocks of 26
     counts = []
     for window in (0, 40):
         train = open_images(f"{server.url}/train-000.tar").train
@@ -235,29 +234,6 @@ def test_reader__is_a_file(server: Server, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ S3
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    moto_server = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    import boto3
-
-    served = moto_server.ThreadedMotoServer(port=0, verbose=False)
-    served.start()
-    _, port = served.get_host_and_port()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "_systems", {})
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="images")
-    yield client
-    served.stop()
 
 
 def test_s3__shards_of_a_folder_and_of_a_pattern(bucket: Any, tmp_path: Path) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
-from pecobook.data import remote
+from pecobook.data import remote, remote_cache
 from pecobook.data.images import open_images
 from pecobook.data.remote import RemotePath
 from pecobook.data.remote_refusals import RefusedError
-from pecobook.errors import DataError
-from tests.data.sources import make_parquet, make_tar, samples, values
+from pecobook.errors import ConfigError, DataError
+from tests.data.sources import make_parquet, make_tar, png, samples, values
 from tests.data.web_server import Server, make_shards, quick, server
 
 __all__ = ["quick", "server"]  # the fixtures
@@ -103,7 +105,7 @@ def test_a_cache_that_cannot_be_written_costs_requests_and_a_warning(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("PECOBOOK_CACHE", str(tmp_path / "file"))
     for name in ("train-000.tar", "set/data.parquet"):
-        monkeypatch.setattr(remote, "_is_said", False)
+        monkeypatch.setattr(remote_cache, "_is_said", False)
         capsys.readouterr()
         assert values(open_images(f"{server.url}/{name}").train) == values(
             open_images(str(tmp_path / "served" / name)).train
@@ -117,8 +119,8 @@ def test_a_row_group_larger_than_the_cache_is_read(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_parquet(tmp_path / "served" / "set")
-    monkeypatch.setattr(remote, "_SCAN_EVERY", 0)
-    monkeypatch.setenv(remote.LIMIT_VARIABLE, "0.000000001")
+    monkeypatch.setattr(remote_cache, "_SCAN_BYTES", 0)
+    monkeypatch.setenv(remote_cache.LIMIT_VARIABLE, "0.000000001")
     there = open_images(f"{server.url}/set/data.parquet").train
     assert values(there) == values(open_images(str(tmp_path / "served" / "set")).train)
     assert not list((tmp_path / "cache" / "remote").glob("*/*.arrow"))
@@ -131,5 +133,87 @@ def test_cache__what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> 
     for file in (old, new, block):
         file.write_bytes(b"data")
     os.utime(old, (time.time() - 7200,) * 2)
-    remote.remove_unused()
+    remote_cache.remove_unused()
     assert sorted(folder.iterdir()) == [new, block]
+
+
+def test_a_server_may_send_elsewhere(server: Server, tmp_path: Path) -> None:
+    make_shards(tmp_path / "served")
+    make_parquet(tmp_path / "served" / "set")
+    for name in ("train-000.tar", "set/data.parquet"):
+        moved, there = open_images(f"{server.url}/moved/{name}").train, open_images(f"{server.url}/{name}").train
+        assert values(moved) == values(there)
+        assert moved.identify(0).startswith(f"{server.url}/moved/{name}")
+
+
+@pytest.mark.parametrize("source", ["https://", "hf://", "s3://", "s3:///x", "gs:///", "file://", "file:///"])
+def test_an_address_without_a_place_is_refused_at_once(source: str) -> None:
+    with pytest.raises(DataError, match=f"--data '{source}' names no server, bucket or folder"):
+        open_images(source)
+
+
+def test_extensions_in_capitals_are_those_of_this_machine(server: Server, tmp_path: Path) -> None:
+    make_tar(tmp_path / "served" / "TRAIN.TAR", samples(range(20)))
+    here = values(open_images(f"{tmp_path}/served/TRAIN.TAR").train)
+    for source in (f"{server.url}/TRAIN.TAR", f"file://{tmp_path}/served", f"file://{tmp_path}/served/*.TAR"):
+        assert values(open_images(source).train) == here
+
+
+@pytest.mark.parametrize("source", ["{a,zero}.tar", "zero.tar"])
+def test_a_shard_without_a_byte_is_named(source: str, server: Server, tmp_path: Path) -> None:
+    make_tar(tmp_path / "served" / "a.tar", samples(range(10)))
+    (tmp_path / "served" / "zero.tar").touch()
+    for place in (server.url, tmp_path / "served"):
+        with pytest.raises(DataError, match=r"zero\.tar' cannot be read as a tar file: empty file"):
+            open_images(f"{place}/{source}")
+
+
+def test_keys_may_come_again_in_other_shards_and_be_of_any_script(server: Server, tmp_path: Path) -> None:
+    odd = [("猫/ünï-ß.png", png(3)), ("猫/ünï-ß.cls", "犬".encode()), ("0000.png", png(4)), ("0000.cls", b"chat")]
+    make_tar(tmp_path / "served" / "odd.tar", odd)
+    make_tar(tmp_path / "served" / "again.tar", odd)
+    there, here = (open_images(f"{place}/{{odd,again}}.tar") for place in (server.url, tmp_path / "served"))
+    assert sorted(values(there.train) + values(there.evaluation)) == [3, 3, 4, 4]
+    assert values(there.train) == values(here.train)
+    assert there.train.classes == here.train.classes == ("chat", "犬")
+
+
+@pytest.mark.parametrize("package", ["gcsfs", "adlfs"])
+def test_a_library_that_is_missing_is_named(package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    protocol = {"gcsfs": "gs", "adlfs": "az"}[package]
+    with pytest.raises(ConfigError, match=f"addresses with {protocol}:// need one more package: pip install {package}"):
+        open_images(f"{protocol}://bucket/x")
+
+
+def test_a_revision_of_the_hub_is_part_of_the_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's file system is replaced by one of this machine, which sees the same paths."""
+    asked: list[str] = []
+
+    class Hub:
+        def info(self, url: str) -> dict[str, Any]:
+            asked.append(url)
+            return {"type": "file", "size": local(url).stat().st_size, "blob_id": "1"}
+
+        def cat_file(self, url: str, start: int, end: int) -> bytes:
+            return local(url).read_bytes()[start:end]
+
+        def glob(self, url: str) -> list[str]:
+            assert url == f"{base}/*.parquet"
+            return [f"{base.removeprefix('hf://')}/data.parquet"]
+
+    def local(url: str) -> Path:
+        if url != f"{base}/data.parquet":
+            raise FileNotFoundError(url)
+        return tmp_path / "data.parquet"
+
+    make_parquet(tmp_path, 40)
+    monkeypatch.setattr(remote, "_system", lambda _url: Hub())
+    for revision in ("v1.0", "refs%2Fconvert%2Fparquet", "0123456789abcdef"):
+        base = f"hf://datasets/owner/name@{revision}/default/train"
+        for source in (f"{base}/data.parquet", f"{base}/*.parquet"):
+            train = open_images(source).train
+            assert values(train) == values(open_images(str(tmp_path / "data.parquet")).train)
+            assert train.identify(0).startswith(f"{base}/data.parquet row ")
+    assert set(asked) == {url for url in asked if "@" in url}

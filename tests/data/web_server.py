@@ -1,4 +1,4 @@
-"""A web server of files on loopback, which has troubles when a test says so."""
+"""Servers of files on loopback: a web server, which has troubles when a test says so, and one that speaks S3."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ class Files(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         file, span = self.root / urlsplit(self.path).path.lstrip("/"), self.headers.get("Range", "")
         self.requests.append((self.path, span))
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         answers = self.trouble.get("first", [])
         if not span and (answer := answers.pop(0) if answers else self.trouble.get("HEAD")):
             self.send_error(answer)
@@ -106,6 +112,29 @@ def server(tmp_path: Path) -> Iterator[Server]:
     yield served
     served.server.shutdown()
     served.server.server_close()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    moto_server = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    import boto3
+
+    served = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    served.start()
+    _, port = served.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_systems", {})
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="images")
+    yield client
+    served.stop()
 
 
 def make_shards(folder: Path) -> None:

@@ -151,16 +151,30 @@ def test_train__communication_in_bf16_rounds_what_is_exchanged(
     assert {name: value.dtype for name, value in exported.items()} == {n: v.dtype for n, v in expected.items()}
 
 
+_BF16 = {"precision": "bf16", "residual": "bf16", "communication": "bf16"}
+
+
 @pytest.mark.slow
-def test_train__compiled_under_fsdp_equals_uncompiled(
-    images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
+@pytest.mark.parametrize(
+    ("more", "tolerance"),
+    [({"strategy": "fsdp"}, 1e-4), ({"strategy": "fsdp", **_BF16}, 1e-2), ({"strategy": "ddp", **_BF16}, 1e-2)],
+    ids=["fsdp", "fsdp in bf16", "ddp in bf16"],
+)
+def test_train__compiled_in_two_processes_equals_uncompiled(
+    more: dict[str, Any],
+    tolerance: float,
+    images: Path,
+    codebook_run: Path,
+    tmp_path: Path,
+    two_processes: TwoProcesses,
 ) -> None:
-    more: dict[str, Any] = {"tokenizer": str(codebook_run), "devices": "2", "max_steps": "2", "strategy": "fsdp"}
+    more = {"tokenizer": str(codebook_run), "devices": "2", "max_steps": "2", **more}
     for compiled in (False, True):
         settings = {**more, "compile": compiled}
-        graphs = two_processes.run(compiled_on_each, str(images), str(tmp_path / str(compiled)), settings)
+        graphs = two_processes.run(compiled_on_each, str(images), str(tmp_path / str(compiled)), settings, limit=500)
         assert all(number > 0 for number in graphs) == compiled
-    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=tolerance)
+    assert {value.dtype for value in export_of(tmp_path / "True").values()} <= {torch.float32, torch.int64}
 
 
 def compiled_on_each(rank: int, world_size: int, data: str, out: str, more: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ from pecobook.data.decode import BadImage, decode, read_file
 from pecobook.data.deep import ValueRange
 from pecobook.data.parts import Contents, Part, assemble
 from pecobook.data.remote import is_remote, list_remote
-from pecobook.data.source import ImageSource, Splits
+from pecobook.data.source import ImageSource, Splits, release_memory
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError, did_you_mean
 from pecobook.utils.files import write_atomically
@@ -55,7 +55,9 @@ def open_images(source: str) -> Splits:
         from pecobook.data.photos import open_photos
 
         return open_photos()
-    return assemble(source, _open(source))
+    splits = assemble(source, _open(source))
+    release_memory()
+    return splits
 
 
 def check_readable(source: ImageSource, count: int = 8) -> None:

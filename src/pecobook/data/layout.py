@@ -25,9 +25,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from pecobook.data.names import (
     IMAGE_FOLDERS,
@@ -39,7 +40,7 @@ from pecobook.data.names import (
     split_of_name,
 )
 from pecobook.data.parts import Labels, Part
-from pecobook.data.source import Integers, Note, Store
+from pecobook.data.source import Note, Store
 from pecobook.errors import DataError, some_of
 
 Folder: TypeAlias = tuple[str, ...]
@@ -270,7 +271,7 @@ def _listed(names: Iterable[str]) -> str:
     return some_of((f"'{name}'" for name in sorted(names)), 4)
 
 
-def parts_of(layout: Layout, store: Store, folder_of: Integers) -> dict[str, Part]:
+def parts_of(layout: Layout, store: Store, folder_of: npt.NDArray[Any]) -> dict[str, Part]:
     """Return the splits of a store whose images lie in the folders of a layout.
 
     Args:
@@ -293,7 +294,7 @@ def parts_of(layout: Layout, store: Store, folder_of: Integers) -> dict[str, Par
     return parts
 
 
-def count_unused(layout: Layout, folder_of: Integers) -> Counter[str]:
+def count_unused(layout: Layout, folder_of: npt.NDArray[Any]) -> Counter[str]:
     """Return why images in folders of a layout are not used, and how many there are."""
     counts, unused = np.bincount(folder_of, minlength=len(layout.split_of)).tolist(), Counter[str]()
     for number in sorted(layout.reason_of):

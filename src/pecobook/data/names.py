@@ -148,9 +148,12 @@ def split_and_rest(name: str) -> tuple[str, str] | None:
 
 def masks_among(names: list[bytes]) -> set[bytes]:
     """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
-    stems = {name: name.rpartition(b".")[0].lower() for name in names}
-    masks = {name: end for name, stem in stems.items() if _MASK_ENDING.search(end := stem.rstrip(b"_0123456789"))}
+
+    def stem(name: bytes) -> bytes:
+        return name.rpartition(b".")[0].lower()
+
+    masks = {name: end for name in names if _MASK_ENDING.search(end := stem(name).rstrip(b"_0123456789"))}
     if not masks:
         return set()
-    images = set(stems.values())
+    images = set(map(stem, names))
     return {name for name, end in masks.items() if _MASK_ENDING.sub(b"", end) in images}

@@ -147,32 +147,36 @@ def is_missing(value: Any) -> bool:
 
 def encode_labels(
     source: str,
+    numbers: Integers,
     values: Sequence[Any],
     names: tuple[str, ...] | None = None,
     identify: Callable[[int], str] | None = None,
 ) -> Labels:
-    """Convert label values to codes; a missing value gets the code -1.
+    """Convert labels to codes; a missing value gets the code -1.
 
     If `names` is given, numbers are indices in it, and texts are sought in it. Otherwise, and if it lacks a text, the
     sorted values become the names.
 
     Args:
         source: the value of `--data`.
-        values: the labels.
+        numbers: for each image the place of its label in `values`; -1 without one.
+        values: the distinct labels, of which some may be of no image.
         names: the names of the classes.
-        identify: returns the name of an image by its position in `values`, for the message of an error.
+        identify: returns the name of an image by its position in `numbers`, for the message of an error.
 
     Raises:
         DataError: a value has no name in `names`.
     """
-    distinct = {value for value in values if not is_missing(value)}
+    used = np.bincount(numbers + 1, minlength=len(values) + 1)[1:] > 0
+    given = [value if is_used and not is_missing(value) else None for value, is_used in zip(values, used, strict=True)]
+    distinct = {value for value in given if value is not None}
     if names is not None and not any(isinstance(value, str) for value in distinct):
-        wrong = [row for row, value in enumerate(values) if not is_missing(value) and value >= len(names)]
-        if wrong:
+        wrong = first_and_count(numbers, [value is not None and value >= len(names) for value in given])
+        if wrong is not None:
             where = f" of {identify(wrong[0])}" if identify else ""
             raise DataError(
-                f"--data '{source}': label {values[wrong[0]]}{where} ({len(wrong):,} like this), but there are only "
-                f"{len(names)} class names, of the labels 0 to {len(names) - 1}."
+                f"--data '{source}': label {given[numbers[wrong[0]]]}{where} ({wrong[1]:,} like this), but there are "
+                f"only {len(names)} class names, of the labels 0 to {len(names) - 1}."
             )
         code_of = {value: int(value) for value in distinct}
     elif names is not None and distinct <= set(names):
@@ -181,8 +185,26 @@ def encode_labels(
         ordered = sorted(distinct)
         code_of = {value: code for code, value in enumerate(ordered)}
         names = tuple(str(value) for value in ordered)
-    codes = (-1 if is_missing(value) else code_of[value] for value in values)
-    return Labels(np.fromiter(codes, dtype=np.int64, count=len(values)), names)
+    table = [-1 if value is None else code_of[value] for value in given]
+    return Labels(np.array([*table, -1], dtype=np.int64)[numbers], names)
+
+
+def first_and_count(numbers: Integers, wrong: Sequence[bool]) -> tuple[int, int] | None:
+    """Return the first image whose label is wrong, and how many there are; None without one.
+
+    Args:
+        numbers: see `encode_labels`.
+        wrong: whether each of the distinct labels is wrong.
+    """
+    rows = np.flatnonzero(np.array([*wrong, False])[numbers]) if any(wrong) else np.zeros(0, np.int64)
+    return (int(rows[0]), len(rows)) if len(rows) else None
+
+
+def distinct_values(column: Any) -> tuple[Integers, list[Any]]:
+    """Return the distinct values of an Arrow column, and for each row the place of its value, -1 without one."""
+    encoded = column.dictionary_encode().combine_chunks()
+    encoded = encoded.chunk(0) if hasattr(encoded, "chunk") else encoded
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
 
 
 def class_names(path: Path) -> tuple[str, ...] | None:

@@ -14,33 +14,23 @@ import io
 import os
 import random
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from multiprocessing import parent_process
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
-from filelock import FileLock
-
+from pecobook.data.remote_cache import cache_folder, into_cache, locked, read_cached, say_not_kept
 from pecobook.data.remote_refusals import RefusedError, reason_of, refuse, shown
 from pecobook.errors import ConfigError, DataError, first_line
-from pecobook.utils.printer import say
 
 T = TypeVar("T")
 
 BLOCK = 2**22
 """Bytes of a range request."""
-LIMIT_VARIABLE = "PECOBOOK_REMOTE_CACHE_GB"
-_LIMIT_GB = 50.0
-_SCAN_EVERY = 16
-"""Blocks, or as many bytes, that a process writes until it looks at the size of the cache."""
-_ABANDONED = 3600.0
-"""Seconds after which a block that is still being written belongs to a process that was killed."""
-_USED_AGAIN = 60.0
-"""Seconds after which a use of a block is noted anew."""
+_ASKED_AGAIN = 60.0
+"""Seconds after which a server is asked anew whether a file is the same."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
 _TIMEOUT = 60.0
 """Seconds after which a request to a web server that is not answered is given up."""
@@ -93,9 +83,28 @@ class RemotePath(PosixPath):
 
     def version(self) -> str:
         """Return text that changes when the file is replaced."""
-        info = _info(self.url)
-        names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "generation", "blob_id")
-        return f"{self} {info['size']} {[str(info[name]) for name in names if info.get(name)]}"
+        return f"{self} {_version(_info(self.url))}"
+
+    def cached(self, name: str) -> Path:
+        """Return the path in the cache of a part of the file."""
+        return cache_folder() / hashlib.sha256(self.version().encode()).hexdigest()[:24] / name
+
+    def request(self, start: int, stop: int) -> bytes:
+        """Request a range of bytes of the file as it was opened.
+
+        Raises:
+            DataError: the server refuses, or does not answer, or now and then: the file has been replaced meanwhile.
+        """
+        data, before = _fetch(self.url, start, stop), _info(self.url)
+        if time.monotonic() - _asked[self.url] > _ASKED_AGAIN:
+            _system(self.url).invalidate_cache()  # of listings, from which some would answer
+            del _infos[self.url]
+            if _version(_info(self.url)) != _version(before):
+                raise DataError(
+                    f"'{self}' has been replaced since it was opened: start the command again, or restore the file "
+                    "and continue with --resume."
+                )
+        return data
 
     @property
     def size(self) -> int:
@@ -116,7 +125,7 @@ class RemotePath(PosixPath):
         end = min(offset + length, self.size)
         if not keep:
             starts = range(offset, end, BLOCK)
-            return b"".join(_fetch(self.url, start, min(start + BLOCK, end)) for start in starts)
+            return b"".join(self.request(start, min(start + BLOCK, end)) for start in starts)
         numbers = range(offset // BLOCK, -(-end // BLOCK)) if end > offset else range(0)
         return b"".join(
             _read_block(self, number, max(offset - number * BLOCK, 0), min(end - number * BLOCK, BLOCK))
@@ -166,6 +175,8 @@ class RemoteReader(io.RawIOBase):
 
 _systems: dict[tuple[int, str], Any] = {}
 _infos: dict[str, dict[str, Any]] = {}
+_asked: dict[str, float] = {}
+"""When the server was last asked about a file."""
 
 
 def _system(url: str) -> Any:
@@ -211,7 +222,13 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
 def _info(url: str) -> dict[str, Any]:
     if url not in _infos:
         _infos[url] = dict(_try(url, lambda system: system.info(url), min(PATIENCE, 60)))
+        _asked[url] = time.monotonic()
     return _infos[url]
+
+
+def _version(info: dict[str, Any]) -> str:
+    names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "generation", "blob_id")
+    return f"{info['size']} {[str(info[name]) for name in names if info.get(name)]}"
 
 
 def _fetch(url: str, start: int, stop: int) -> bytes:
@@ -242,13 +259,15 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
     """
     found: list[str] = []
     for url in names(source):
-        protocol = url.partition("://")[0]
+        protocol, _, place = url.partition("://")
+        if not place.strip("/") or (place.startswith("/") and protocol != "file"):
+            raise DataError(f"--data '{source}' names no server, bucket or folder behind '{protocol}://'.")
         if shown(url) != url:
             address, _, query = url.partition("?")
             found.append(f"{address}?{query.replace('/', '%2F')}")  # a path keeps no repeated slashes
             continue
         is_pattern = re.search(r"[*?\[]", url)
-        if not is_pattern and url.endswith(_SUFFIXES):
+        if not is_pattern and url.lower().endswith(_SUFFIXES):
             found.append(url)
             continue
         paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
@@ -257,10 +276,10 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
         start = "file:///" if protocol == "file" else f"{protocol}://"
         found += [f"{start}{path}" for path in paths]
     files = [RemotePath(url) for url in found]
-    used = [file for file in files if file.suffix in _SUFFIXES]
-    others = (file.suffix for file in files if file.suffix not in _SUFFIXES)
+    used = [file for file in files if file.suffix.lower() in _SUFFIXES]
+    others = (file.suffix for file in files if file.suffix.lower() not in _SUFFIXES)
     left_out = Counter(f"extension {suffix}" if suffix else "no extension" for suffix in others)
-    if len({file.suffix for file in used}) != 1:
+    if len({file.suffix.lower() for file in used}) != 1:
         what = (
             "holds both .tar and .parquet files: name one kind with a pattern"
             if used
@@ -277,106 +296,22 @@ def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-_written = 0
-_is_said = False
-
-
-def cache_folder(name: str = "remote") -> Path:
-    """Return the path of an entry of pecobook's cache; `remote` is the folder of the blocks."""
-    return Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser() / name
-
-
 def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
     """Return bytes of a block from the cache, and request the block where it is not there."""
-    folder = cache_folder() / hashlib.sha256(path.version().encode()).hexdigest()[:24]
-    file = folder / f"{number:08d}"
-    data = _read_cached(file, start, stop)
+    file = path.cached(f"{number:08d}")
+    data = read_cached(file, start, stop)
     if data is not None:
         return data
-    first = number * BLOCK
+    first, block = number * BLOCK, None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{number % 64}.lock"):  # another process may be at it
-            data = _read_cached(file, start, stop)
+        with locked(file, number):  # another process may be at it
+            data = read_cached(file, start, stop)
             if data is None:
-                block = _fetch(path.url, first, min(first + BLOCK, path.size))
-                unfinished = folder / f".{number}-{os.getpid()}.tmp"
-                unfinished.write_bytes(block)
-                unfinished.replace(file)
-                data = block[start:stop]
-                count_written(len(block))
-        return data
+                block = path.request(first, min(first + BLOCK, path.size))
+                with into_cache(file) as unfinished:
+                    unfinished.write_bytes(block)
     except OSError as error:  # no room, or no writable cache: the bytes themselves will do
         say_not_kept(error)
-        return _fetch(path.url, first + start, first + stop)
-
-
-def say_not_kept(error: OSError) -> None:
-    """Say once, in the first process, that the cache cannot be written."""
-    global _is_said
-    if not _is_said and parent_process() is None:
-        say(
-            f"Warning: the cache '{cache_folder()}' cannot be written ({error.strerror or error}), so what is read is "
-            "requested each time. PECOBOOK_CACHE names another place."
-        )
-    _is_said = True
-
-
-def _read_cached(file: Path, start: int, stop: int) -> bytes | None:
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError:  # absent, or of another user
-        return None
-    try:
-        if time.time() - os.fstat(descriptor).st_mtime > _USED_AGAIN:
-            with contextlib.suppress(OSError):
-                os.utime(file)
-        data = os.pread(descriptor, stop - start, start)
-        return data if len(data) == stop - start else None  # cut short when the power failed
-    finally:
-        os.close(descriptor)
-
-
-def count_written(size: int) -> None:
-    """Remember that this process has added `size` bytes, and look at the size of the cache now and then."""
-    global _written
-    _written += size
-    if _written >= _SCAN_EVERY * BLOCK:
-        _written = 0
-        remove_unused()
-
-
-def limit_bytes() -> int:
-    """Return the largest size of the cache: the environment variable, or 50 GB, but half of the free disk at most."""
-    text = os.environ.get(LIMIT_VARIABLE, "")
-    try:
-        limit = float(text or _LIMIT_GB)
-    except ValueError:
-        limit = -1.0
-    if not limit > 0:
-        raise ConfigError(f"The environment variable {LIMIT_VARIABLE} is '{text}': it must be a number of GB above 0.")
-    return int(limit * 1e9)
-
-
-def remove_unused() -> None:
-    """Remove the blocks that were not used for the longest time, until nine tenths of the limit are left."""
-    root = cache_folder()
-    entries = []
-    for folder in root.iterdir() if root.is_dir() else ():
-        with contextlib.suppress(OSError), os.scandir(folder) as blocks:
-            for block in blocks:
-                status = block.stat()
-                if block.name.endswith(".tmp") and time.time() - status.st_mtime > _ABANDONED:
-                    os.unlink(block.path)  # noqa: PTH108 (of a process that was killed)
-                elif not block.name.startswith("."):
-                    entries.append((status.st_mtime, status.st_size, block.path))
-    total = sum(size for _, size, _ in entries)
-    limit = min(limit_bytes(), total + shutil.disk_usage(root).free // 2) if entries else 0
-    if total <= limit:
-        return
-    for _, size, block_path in sorted(entries):
-        if total <= 0.9 * limit:
-            return
-        with contextlib.suppress(OSError):
-            os.unlink(block_path)  # noqa: PTH108 (a text of scandir)
-            total -= size
+    if data is not None:
+        return data
+    return path.request(first + start, first + stop) if block is None else block[start:stop]

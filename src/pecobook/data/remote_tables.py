@@ -1,6 +1,6 @@
 """Reads images from parquet files on other machines: a row group is requested when one of its images is first read.
 
-The images of a row group are kept in the cache of `pecobook.data.remote` as an Arrow file, which is mapped into memory.
+The images of a row group are kept in the cache (remote_cache.py) as an Arrow file, which is mapped into memory.
 Files that have small row groups (the hub's have 100 rows) and `--shuffle-window` need the fewest requests.
 """
 
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from pecobook.data import remote
 from pecobook.data.remote import RemotePath, RemoteReader
+from pecobook.data.remote_cache import into_cache, locked, say_not_kept
 from pecobook.data.source import Integers
 from pecobook.data.table_store import TableStore
 
@@ -82,19 +81,17 @@ class RowGroups:
         import pyarrow as pa
 
         path, number = self._files[self._group_of[group][0]], self._group_of[group][1]
-        folder = remote.cache_folder() / hashlib.sha256(path.version().encode()).hexdigest()[:24]
-        file, table = folder / f"{self._column}-{number:06d}.arrow", None
+        file, table = path.cached(f"{self._column}-{number:06d}.arrow"), None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{number % 64}.lock"):  # another process may be at it
+            with locked(file, number):  # another process may be at it
                 with contextlib.suppress(OSError, pa.ArrowException):  # absent, or cut short when the power failed
                     table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
                     os.utime(file)
                 if table is None:
                     table = self._request(path, number)
-                    table = _keep(table, file, folder / f".{number}-{os.getpid()}.tmp")
+                    table = _keep(table, file)
         except OSError as error:  # no room, or no writable cache: the row group itself will do
-            remote.say_not_kept(error)
+            say_not_kept(error)
             table = self._request(path, number) if table is None else table
         return table.column(self._column)
 
@@ -105,16 +102,14 @@ class RowGroups:
             return opened.read_row_group(number, columns=[self._column])
 
 
-def _keep(table: Any, file: Path, unfinished: Path) -> Any:
+def _keep(table: Any, file: Path) -> Any:
     """Write a table into the cache, and return it as mapped from there."""
     import pyarrow as pa
 
-    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    mapped = pa.ipc.open_file(pa.memory_map(str(unfinished))).read_all()
-    unfinished.replace(file)
-    remote.count_written(file.stat().st_size)  # which may remove the file again, where it is larger than the cache
-    return mapped
+    with into_cache(file) as unfinished:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return pa.ipc.open_file(pa.memory_map(str(unfinished))).read_all()
 
 
 def read_columns(files: list[RemotePath], columns: list[str]) -> Any:

@@ -23,8 +23,9 @@ import numpy as np
 from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
-from pecobook.data.parts import Contents, Labels, Part, encode_labels
-from pecobook.data.remote import RemotePath, cache_folder
+from pecobook.data.parts import Contents, Labels, Part, distinct_values, encode_labels, first_and_count
+from pecobook.data.remote import RemotePath
+from pecobook.data.remote_cache import cache_folder
 from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -138,10 +139,9 @@ def shard_contents(source: str, shards: list[Path], root: Path | None = None) ->
     parts = parts_of(layout, store, folder_of)
     labelled = index.column("label").null_count < len(index)
     if labelled or not any(layout.class_of):
-        codes, texts = _distinct(index.column("label"))
-        values = np.array([*texts, None], dtype=object)  # images with one label share its text
+        numbers, texts = distinct_values(index.column("label"))
         for split, part in parts.items():
-            labels, unlabelled = _labels(source, values[codes[part.rows]].tolist(), store, part.rows)
+            labels, unlabelled = _labels(source, numbers[part.rows], texts, store, part.rows)
             parts[split] = Part(store, part.rows, labels, unlabelled)
     else:
         notes.append("No .cls or .json member holds a label: the folders inside the shards are taken for classes.")
@@ -160,7 +160,7 @@ def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused:
     import pyarrow.compute as pc
 
     before_last_slash = {"pattern": "(?s)^(?:(.*)/)?[^/]*$", "replacement": r"\1"}
-    codes, folders = _distinct(pc.replace_substring_regex(index.column("member"), **before_last_slash))
+    codes, folders = distinct_values(pc.replace_substring_regex(index.column("member"), **before_last_slash))
     splits = list(dict.fromkeys(split_of.values()))
     split_number = np.array([splits.index(split_of[shard]) for shard in range(len(split_of))], dtype=np.int64)
     keys, first, key_of = np.unique(
@@ -180,29 +180,26 @@ def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused:
     return layout, folder_of
 
 
-def _distinct(column: Any) -> tuple[Integers, list[str]]:
-    """Return the distinct texts of an Arrow column, and for each row the number of its text, -1 without one."""
-    encoded = column.dictionary_encode().combine_chunks()
-    encoded = encoded.chunk(0) if hasattr(encoded, "chunk") else encoded
-    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
-
-
-def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integers) -> tuple[Labels | None, str]:
+def _labels(
+    source: str, numbers: Integers, texts: list[str], store: ShardStore, rows: Integers
+) -> tuple[Labels | None, str]:
     """Return labels as codes; or None, and why, if they cannot be classes.
 
     Labels are numbers if all of them are, so that "10" is sorted after "9".
     """
-    if all(text is None for text in texts):
+    used = np.unique(numbers[numbers >= 0])
+    if not len(used):
         return None, "no .cls or .json member holds a label"
     try:
-        numbers = [None if text is None else float(text) for text in texts]
+        values = {int(place): float(texts[place]) for place in used}
     except ValueError:
-        return encode_labels(source, texts), ""
-    wrong = next((place for place, number in enumerate(numbers) if number is not None and number % 1), None)
+        return encode_labels(source, numbers, texts), ""
+    wrong = first_and_count(numbers, [values.get(place, 0.0) % 1 != 0 for place in range(len(texts))])
     if wrong is not None:
-        reason = f"{store.identify(int(rows[wrong]))} has the label {texts[wrong]}, which is no class"
+        reason = f"{store.identify(int(rows[wrong[0]]))} has the label {texts[numbers[wrong[0]]]}, which is no class"
         return None, Note(reason, "lost labels")
-    return encode_labels(source, [None if number is None else int(number) for number in numbers]), ""
+    whole = [int(values[place]) if place in values else None for place in range(len(texts))]
+    return encode_labels(source, numbers, whole), ""
 
 
 def _load_index(source: str, shards: list[Path]) -> Any:

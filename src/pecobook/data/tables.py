@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 
 from pecobook.data.names import group_by_split, note_ignored_splits
-from pecobook.data.parts import Contents, Labels, Part, class_names, encode_labels, is_missing
+from pecobook.data.parts import (
+    Contents,
+    Labels,
+    Part,
+    class_names,
+    distinct_values,
+    encode_labels,
+    first_and_count,
+    is_missing,
+)
 from pecobook.data.remote import RemotePath
 from pecobook.data.remote_tables import RowGroupStore, read_columns
 from pecobook.data.source import Note, file_version, relative_names
@@ -302,16 +311,16 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: Table
     dtype = str(getattr(feature, "dtype", "")) if not isinstance(feature, (dict, list)) else ""
     if not (dtype.startswith(("int", "uint", "float")) or dtype in ("bool", "null", *_TEXTS)):
         return None, Note(f"the column '{column}' holds {feature}, which is no class", "lost labels")
-    values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    numbers, values = distinct_values(table.select_columns([column]).with_format("arrow")[:].column(column))
     if dtype.startswith("float"):  # as pandas stores whole numbers beside a missing one
-        wrong = next((row for row, value in enumerate(values) if not is_missing(value) and value % 1), None)
+        wrong = first_and_count(numbers, [not is_missing(value) and value % 1 != 0 for value in values])
         if wrong is not None:
-            reason = f"the column '{column}' holds {values[wrong]} in {store.identify(wrong)}, which is no class"
-            return None, Note(reason, "lost labels")
+            value, row = values[numbers[wrong[0]]], store.identify(wrong[0])
+            return None, Note(f"the column '{column}' holds {value} in {row}, which is no class", "lost labels")
         values = [None if is_missing(value) else int(value) for value in values]
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
-    return encode_labels(source, values, names, store.identify), ""
+    return encode_labels(source, numbers, values, names, store.identify), ""
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from pecobook.data.dense.coco_check import compare_boxes
 from pecobook.data.dense.detection import DetectionSource
@@ -111,7 +111,7 @@ def _looks(source: ImageSource, workers: int) -> Iterator[Look]:
     looks = _Looks(source)
     if number < 2 or len(source) < _FEW_IMAGES:
         return (looks[index] for index in range(len(source)))
-    batches = [list(range(start, min(start + 16, len(source)))) for start in range(0, len(source), 16)]
+    batches = BatchSampler(range(len(source)), 16, drop_last=False)
     return (seen for batch in Batches(looks, batches, collate=list, workers=number) for seen in batch)
 
 
