@@ -18,7 +18,7 @@ from pecobook.commands.paper_tables import TABLES, chosen_tables
 from pecobook.commands.reproduce.listing import as_json, command_line, commands, describe
 from pecobook.commands.reproduce.plan import Plan, num_views
 from pecobook.commands.reproduce.slurm import script
-from pecobook.commands.reproduce.transfers import DenseData
+from pecobook.commands.reproduce.transfers import TransferData
 from pecobook.data.images import open_images
 from pecobook.recipes import RECIPES
 from pecobook.settings.reproduce import ReproduceConfig
@@ -195,8 +195,8 @@ def test_plan__shortens_warm_up_and_milestones_with_the_training(images: Path) -
     tables = chosen_tables(("table8",))
     config = ReproduceConfig(tables=("table8",), out="unused", seeds=(0,), **words)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        coco = {"detect": DenseData(118_287, {"data": "coco"})}
-        patch.setattr("pecobook.commands.reproduce.plan.dense_data", lambda *_: coco)
+        coco = {"detect": TransferData(118_287, {"data": "coco"})}
+        patch.setattr("pecobook.commands.reproduce.plan.transfer_data", lambda *_: coco)
         jobs = Plan(config, tables, source).jobs
     classifier, vit, detector = (jobs[f"{kind}-perceptual@800-0"].config for kind in ("classifier", "vit", "detect"))
     assert int(classifier.optim.warmup) / int(classifier.max_steps) == pytest.approx(0.2, abs=1e-3)

@@ -135,27 +135,27 @@ class SampledClips(ClipStore):
 # --------------------------------------------------------------------------------------------------------- opening
 
 
-def open_clips(source: str) -> Splits:
+def open_clips(data: str) -> Splits:
     """Open a folder of videos or of folders of frames; splits and classes are read as those of images.
 
     Raises:
         DataError: there is no such folder, it holds no clip, or its clips have no classes.
         ConfigError: it holds videos, and PyAV is not installed.
     """
-    root = Path(source).expanduser()
-    if not source or not root.is_dir():
-        raise DataError(f"--data '{source}' is no folder: --clip.frames reads a folder of videos or of frames.")
+    root = Path(data).expanduser()
+    if not data or not root.is_dir():
+        raise DataError(f"--data '{data}' is no folder: --clip.frames reads a folder of videos or of frames.")
     store, groups, left_out = list_clips(root)
-    layout = read_layout(source, groups)
+    layout = read_layout(data, groups)
     folder_of = np.arange(len(groups))
     parts = parts_of(layout, store, folder_of)
-    splits = assemble(source, Contents(parts, dict(left_out + count_unused(layout, folder_of)), layout.notes))
+    splits = assemble(data, Contents(parts, dict(left_out + count_unused(layout, folder_of)), layout.notes))
     if splits.train.labels is None and store.frames(0) is not None:
         raise DataError(
-            f"--data '{source}': its {len(store):,} folders of images are taken for clips, without classes. "
+            f"--data '{data}': its {len(store):,} folders of images are taken for clips, without classes. "
             "Clips are videos or folders of frames: CLASS/clip.mp4 or CLASS/clip/0001.jpg."
         )
-    check_labels(splits, source)
+    check_labels(splits, data)
     return splits
 
 

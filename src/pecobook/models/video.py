@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any, Self, cast
 
 import torch
@@ -146,7 +147,7 @@ class ClipNetwork(nn.Module):
         """
         if clips.ndim == 6:
             each = self(clips.flatten(0, 1)).float().log_softmax(1).unflatten(0, clips.shape[:2])
-            return each.logsumexp(1) - torch.log(torch.tensor(float(clips.shape[1])))  # type: ignore[no-any-return]
+            return each.logsumexp(1) - math.log(clips.shape[1])  # type: ignore[no-any-return]
         network: Any = self.image_network
         tokens = network.forward_features(channels_last(clips.flatten(0, 1))).unflatten(0, (-1, self.frames))
         first, patches = tokens[:, 0, : self.prefix], tokens[:, :, self.prefix :].flatten(1, 2)
