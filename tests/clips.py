@@ -1,4 +1,4 @@
-"""Generated clips: a bright square moves over noise, and the class is the direction, which no single frame shows."""
+"""Generated clips: a square grows or shrinks over noise, and the class is the direction, which no one frame shows."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-STEPS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}
+CLASSES = ("approaching", "receding")
 
 
 def moving_square(
-    direction: str, seed: int, *, frames: int = 8, height: int = 32, width: int = 32, speed: int = 3
+    label: int, seed: int, *, frames: int = 4, height: int = 16, width: int = 16
 ) -> npt.NDArray[np.uint8]:
-    """Return a clip uint8 (frames, height, width, 3); the square leaves at one border and comes back at the other."""
+    """Return a clip uint8 (frames, height, width, 3); all frames of a clip of one class occur in the other as well."""
     random = np.random.default_rng(seed)
     row, column = random.integers(height), random.integers(width)
     clip = random.integers(0, 90, (frames, height, width, 3), dtype=np.uint8)
-    for number, frame in enumerate(clip):
-        down, right = (step * speed * number for step in STEPS[direction])
-        rows = np.arange(row + down, row + down + height // 3) % height
-        columns = np.arange(column + right, column + right + width // 3) % width
+    for number, frame in enumerate(clip[:: -1 if label else 1]):
+        side = 2 + number * (min(height, width) - 2) // max(frames - 1, 1)
+        rows, columns = (
+            np.arange(place - side // 2, place - side // 2 + side) % size
+            for place, size in ((row, height), (column, width))
+        )
         frame[np.ix_(rows, columns)] = 255
     return clip
 
@@ -48,15 +50,15 @@ def write_video(file: Path, clip: npt.NDArray[np.uint8], *, codec: str = "mpeg4"
 def write_moving(
     root: Path, *, train: int = 12, held_out: int = 4, video: bool = False, shuffled: bool = False
 ) -> Path:
-    """Write `train` and `held_out` clips of each direction; with `shuffled` the frames are in a random order."""
+    """Write `train` and `held_out` clips of each class; with `shuffled` the frames are in a random order."""
     for split, count in (("train", train), ("val", held_out)):
-        for label, direction in enumerate(STEPS):
+        for label, name in enumerate(CLASSES):
             for number in range(count):
                 seed = 1000 * (split == "val") + 100 * label + number
-                clip = moving_square(direction, seed)
+                clip = moving_square(label, seed)
                 if shuffled:
                     clip = clip[np.random.default_rng(seed).permutation(len(clip))]
-                place = root / split / direction / f"clip{number}"
+                place = root / split / name / f"clip{number}"
                 if video:
                     write_video(place.with_suffix(".mp4"), clip)
                 else:

@@ -179,7 +179,7 @@ def smallest_budget() -> Budget:
         replace(base.finetune, SHORT["finetune"]),
         {},
     )
-    dense = {name: replace(config, SHORT[name]) for name, config in budget.transfers.items()}
+    dense = {name: replace(config, SHORT.get(name, SHORT["finetune"])) for name, config in budget.transfers.items()}
     visible = dataclasses.replace(runs, pretrain=dataclasses.replace(runs.mae, target="tokens"))
     return dataclasses.replace(budget, vits={"base": runs, "visible": visible}, transfers=dense)
 

@@ -69,14 +69,17 @@ def expected(network: Any, clips: ClipNetwork, frames: Tensor) -> Tensor:
     inner: Any = clips.image_network
     times = inner.patch_embed.norm[1].pos_embed
     tokens = torch.stack(
-        [network._pos_embed(network.patch_embed(frame[None]) + time)[0] for frame, time in zip(frames, times)]
+        [
+            network._pos_embed(network.patch_embed(frame[None]) + time)[0]
+            for frame, time in zip(frames, times, strict=True)
+        ]
     )  # (T, 1 + N, D), with the patches' positions
     token, patches = tokens[0, :1], tokens[:, 1:]
-    for plain, divided in zip(network.blocks, inner.blocks):
+    for plain, divided in zip(network.blocks, inner.blocks, strict=True):
         temporal: TemporalAttention = divided.temporal
-        attention = nn.MultiheadAttention(SIZE["embed_dim"], SIZE["num_heads"], batch_first=True)
+        attention: Any = nn.MultiheadAttention(SIZE["embed_dim"], SIZE["num_heads"], batch_first=True)
         attention.in_proj_weight, attention.in_proj_bias = temporal.qkv.weight, temporal.qkv.bias
-        attention.out_proj = temporal.proj  # type: ignore[assignment]
+        attention.out_proj = temporal.proj
         patches = patches.clone()
         for place in range(patches.shape[1]):
             column = temporal.norm(patches[:, place])[None]  # (1, T, D)
@@ -106,7 +109,7 @@ def test_clip_network__a_permutation_of_frames_matters_through_the_time_embeddin
     _, clips = make(kind)
     frames = torch.randn(2, T, 3, 16, 16)
     with torch.no_grad():
-        embedding = awake(clips).image_network.patch_embed.norm[1].pos_embed  # type: ignore[index, union-attr]
+        embedding = awake(clips).image_network.patch_embed.norm[1].pos_embed
         ordered, permuted = clips(frames), clips(frames[:, [2, 0, 1]])
         assert not torch.allclose(ordered, permuted, atol=1e-3)
         embedding.zero_()
@@ -115,7 +118,8 @@ def test_clip_network__a_permutation_of_frames_matters_through_the_time_embeddin
 
 def test_temporal_attention__begins_with_the_weights_of_beits_attention_without_its_positions() -> None:
     network, clips = make("beit")
-    for plain, divided in zip(network.blocks, clips.image_network.blocks):  # type: ignore[arg-type]
+    inner: Any = clips.image_network
+    for plain, divided in zip(network.blocks, inner.blocks, strict=True):
         temporal = divided.temporal
         assert torch.equal(temporal.qkv.weight, plain.attn.qkv.weight)
         query, key, value = temporal.qkv.bias.chunk(3)
@@ -148,15 +152,15 @@ def test_clip_network__stochastic_depth_keeps_one_class_token_and_leaves_out_who
     frames = torch.randn(6, 1, 3, 16, 16).expand(-1, T, -1, -1, -1)
     awake(clips).train()(frames)
     for output in seen:
-        token = output[:, 0].unflatten(0, (6, T))
+        token = output[:, 0].view(6, T, -1)
         assert torch.equal(token, token[:, :1].expand_as(token))
     with torch.no_grad():
-        times = clips.image_network.patch_embed.norm[1].pos_embed  # type: ignore[index, union-attr]
+        times = clips.image_network.patch_embed.norm[1].pos_embed
         times.zero_()
         seen.clear()
         clips(frames)
     for output in seen:  # of equal frames each gets the same, or nothing
-        alike = output.unflatten(0, (6, T))
+        alike = output.view(6, T, *output.shape[1:])
         torch.testing.assert_close(alike, alike[:, :1].expand_as(alike), rtol=1e-4, atol=1e-4)
 
 
@@ -194,7 +198,7 @@ def test_clip_network__residuals_in_bf16() -> None:
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
 def test_clip_network__other_networks_are_refused(name: str) -> None:
     args = {"qk_norm": True} if name.startswith("vit") else {}
-    with pytest.raises((AttributeError, Exception), match="num_prefix_tokens|normalises queries"):
+    with pytest.raises((AttributeError, Exception), match=r"num_prefix_tokens|normalises queries"):
         ClipNetwork(timm.create_model(name, **args), T)
 
 
