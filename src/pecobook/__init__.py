@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pecobook.commands.probe import probe
     from pecobook.commands.push import push
     from pecobook.commands.reproduce import reproduce
+    from pecobook.data.clips import read_clip
     from pecobook.data.images import read_image
     from pecobook.data.masking import blockwise_mask
     from pecobook.errors import PecobookError
@@ -34,16 +35,18 @@ if TYPE_CHECKING:
     from pecobook.models.quantizer import VectorQuantizer
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.models.tokenizers import load_tokenizer
+    from pecobook.models.video import ClipClassifier
     from pecobook.models.weights import Backbone, Classifier
 
 if sys.platform == "darwin":  # before torch is imported: what Apple's GPUs lack is computed on the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
-__all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
+__all__ = ["Backbone", "Classifier", "ClipClassifier", "Detector", "MaskedImageModel", "PecobookError"]
+__all__ += ["PerceptualDistance"]
 __all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
 __all__ += ["codebook", "compare", "contrast", "demo", "detect", "embed", "evaluate", "explore", "export"]
-__all__ += ["finetune", "load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "push", "read_image"]
-__all__ += ["reproduce", "segment", "tokenize"]
+__all__ += ["finetune", "load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "push", "read_clip"]
+__all__ += ["read_image", "reproduce", "segment", "tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
 _COMMANDS = (
@@ -64,6 +67,7 @@ _HOMES = {
     **{name: f"commands.{name}" for name in _COMMANDS},
     "Backbone": "models.weights",
     "Classifier": "models.weights",
+    "ClipClassifier": "models.video",
     "Detector": "models.dense.detector",
     "MaskedImageModel": "models.masked_vit",
     "PecobookError": "errors",
@@ -74,6 +78,7 @@ _HOMES = {
     "blockwise_mask": "data.masking",
     "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",
+    "read_clip": "data.clips",
     "read_image": "data.images",
 }
 

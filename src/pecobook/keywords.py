@@ -260,6 +260,16 @@ class OptimKeywords(BaseOptimKeywords, total=False):
     layer_decay: float
 
 
+class ClipKeywords(TypedDict, total=False):
+    """As ClipConfig."""
+
+    frames: int
+    sampling: Literal["stride", "segments"]
+    stride: int
+    flip: bool
+    crops: int
+
+
 class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, ResidualKeywords, total=False):
     """The keywords of `finetune`."""
 
@@ -271,6 +281,8 @@ class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, 
     repeats: int
     average: float
     eval_crop: float
+    head_rate: float
+    clip: ClipKeywords
     optim: OptimKeywords  # type: ignore[misc]
     transform: Callable[[Any], Any] | None
     on_step: Callable[[Any], object] | None

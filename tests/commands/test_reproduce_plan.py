@@ -18,7 +18,7 @@ from pecobook.commands.paper_tables import TABLES, chosen_tables
 from pecobook.commands.reproduce.listing import as_json, command_line, commands, describe
 from pecobook.commands.reproduce.plan import Plan, num_views
 from pecobook.commands.reproduce.slurm import script
-from pecobook.commands.reproduce.transfers import DenseData
+from pecobook.commands.reproduce.transfers import TransferData
 from pecobook.data.images import open_images
 from pecobook.recipes import RECIPES
 from pecobook.settings.reproduce import ReproduceConfig
@@ -195,8 +195,8 @@ def test_plan__shortens_warm_up_and_milestones_with_the_training(images: Path) -
     tables = chosen_tables(("table8",))
     config = ReproduceConfig(tables=("table8",), out="unused", seeds=(0,), **words)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        coco = {"detect": DenseData(118_287, {"data": "coco"})}
-        patch.setattr("pecobook.commands.reproduce.plan.dense_data", lambda *_: coco)
+        coco = {"detect": TransferData(118_287, {"data": "coco"})}
+        patch.setattr("pecobook.commands.reproduce.plan.transfer_data", lambda *_: coco)
         jobs = Plan(config, tables, source).jobs
     classifier, vit, detector = (jobs[f"{kind}-perceptual@800-0"].config for kind in ("classifier", "vit", "detect"))
     assert int(classifier.optim.warmup) / int(classifier.max_steps) == pytest.approx(0.2, abs=1e-3)
@@ -235,7 +235,7 @@ def test_preflight__checks_what_no_job_makes(
         ("table7", vit, "makes 2 x 2 patches of 32 pixels, and the tokenizer 4 x 4 codes"),
         ("table4", {"commands": "plan", "slurm": "./plan"}, "--commands and --slurm name one file"),
         ("table4", {"commands": "plan", "supervised": "a\nb"}, "has a line break"),
-        ("table9", {}, "Table 9 is of videos, which pecobook does not read."),
+        ("table9", {}, "There is nothing to run.\nNot measured: Kinetics-400, % (needs --kinetics FOLDER)."),
     ):
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         with pytest.raises(SystemExit):

@@ -69,7 +69,7 @@ def test_plan__table3_trains_the_pretrained_vits_on_their_own_images(images: Pat
         assert job.needs == ("vit-perceptual@800-1",)
         assert job.config.max_steps == "100"
     assert segment.config.ignore == ("255", "green")
-    assert detect.config.max_steps == plan.budget.dense["detect"].max_steps
+    assert detect.config.max_steps == plan.budget.transfers["detect"].max_steps
     assert not any(name.startswith("classifier-") for name in plan.jobs)  # no figure of the table needs one
 
 
@@ -179,9 +179,9 @@ def smallest_budget() -> Budget:
         replace(base.finetune, SHORT["finetune"]),
         {},
     )
-    dense = {name: replace(config, SHORT[name]) for name, config in budget.dense.items()}
+    dense = {name: replace(config, SHORT.get(name, SHORT["finetune"])) for name, config in budget.transfers.items()}
     visible = dataclasses.replace(runs, pretrain=dataclasses.replace(runs.mae, target="tokens"))
-    return dataclasses.replace(budget, vits={"base": runs, "visible": visible}, dense=dense)
+    return dataclasses.replace(budget, vits={"base": runs, "visible": visible}, transfers=dense)
 
 
 def test_reproduce__writes_the_tables(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.clips import write_moving
 from tests.runs import losses, objects, shapes, train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -44,6 +45,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pretrain": ("pretrain", {}),
     "finetune": ("finetune", {}),
+    "finetune_clips": ("finetune", {"clip.frames": 4, "clip.sampling": "segments", "batch_size": 8}),
     "segment": ("segment", {}),
     "detect": ("detect", {"batch_size": 4}),
 }
@@ -54,7 +56,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 # steps by 3e-5.
 SHARP = {"contrast": 4, "codebook_perceptual": 5}
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):  # whose truncated normal draws other first weights
-    SHARP |= dict.fromkeys(("pretrain", "finetune", "segment", "detect"), 0)
+    SHARP |= dict.fromkeys(("pretrain", "finetune", "finetune_clips", "segment", "detect"), 0)
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -71,6 +73,8 @@ def test_train__golden_losses(name: str, tmp_path: Path) -> None:
         side = 48 if command == "detect" else 32
         settings |= {"backbone": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": side}
         settings["optim.layer_decay"] = 0.75  # which only pre-trained weights have unless it is given
+    if name == "finetune_clips":
+        settings["data"] = str(write_moving(tmp_path / "clips"))
     if command == "segment":
         settings["data"] = str(shapes())
     if command == "detect":

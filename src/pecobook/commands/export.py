@@ -63,6 +63,11 @@ def _writer(config: ExportConfig) -> Callable[[], str]:
             )
 
         return partial(_to_onnx, onnx.export_segmenter, Segmenter.from_pretrained(config.run), out)
+    if kind == "clip classifier":
+        raise ConfigError(
+            f"'{config.run}' is a clip classifier, for which no format has a network: its export folder is read by "
+            "pecobook.ClipClassifier.from_pretrained, and sent by pecobook push."
+        )
     network = (Classifier if kind == "classifier" else Backbone).from_pretrained(config.run)
     if config.format == "hf" and not network.name.startswith("beit_"):
         raise WeightsError(

@@ -17,6 +17,7 @@ from pecobook.models.export import Exported, export_folder, read_settings
 from pecobook.models.hub import check_repo_id, publish
 from pecobook.models.initial import TRAINING_FILE
 from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.models.video import ClipClassifier
 from pecobook.models.weights import Backbone, Classifier
 from pecobook.settings.changes import FREE_ON_RESUME
 from pecobook.settings.push import PushConfig
@@ -26,7 +27,7 @@ from pecobook.utils.json_files import is_number, metric_lines, read_if_valid
 from pecobook.utils.printer import show
 
 _KINDS: dict[str, type[Exported]] = {
-    kind.kind: kind for kind in (PerceptualTokenizer, Backbone, Classifier, Segmenter, Detector)
+    kind.kind: kind for kind in (PerceptualTokenizer, Backbone, Classifier, ClipClassifier, Segmenter, Detector)
 }
 _SENT = ("config.json", "README.md", ".safetensors")
 

@@ -17,7 +17,8 @@ class Batch(TypedDict, total=False):
     # ------------------------------------------------------------------------------------------------------- pictures
 
     image: Tensor
-    """uint8 (B, C, S, S): images of codebook, pretrain, finetune, of segment in training, of contrast in evaluation."""
+    """uint8 (B, C, S, S): images of codebook, pretrain, finetune, of segment in training, of contrast in evaluation; of
+    finetune with --clip.frames T (B, T, C, S, S), with three crops in evaluation (B, 3, T, C, S, S)."""
     images: list[Tensor]
     """uint8 (3, h, w) each: one per image for detect, one per scale of --test.scales for segment in evaluation."""
     view0: Tensor

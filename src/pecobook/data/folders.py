@@ -13,7 +13,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from pecobook.data.source import Integers, Note, Store, arrow_binary, arrow_inte
 from pecobook.errors import DataError, some_of
 from pecobook.utils.distributed import made_by_first_rank
 
-_EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
 _CHUNK = 65_536
 _REMEDIES = {
@@ -208,14 +207,14 @@ def _seen_instead(left_out: Counter[str]) -> str:
     return f" (there are: {', '.join(f'{n:,} {reason}' for reason, n in seen)}){_REMEDIES.get(first, '')}"
 
 
-def walk(root: Path) -> Listing:
+def walk(root: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> Listing:
     """List a folder and its subfolders by file names alone, without opening a file or reading its size.
 
     Links to files count as files. Links to folders are followed after all other folders, unless the folder was listed
-    already, so a circle of links ends. Arrays (.npy) are images only where there are no others, because beside images
-    they mostly hold masks or features.
+    already, so a circle of links ends. Files with one of the `extensions` count as images. Arrays (.npy) are images
+    only where there are no others, because beside images they mostly hold masks or features.
     """
-    listing, arrays = Listing(), ImageNames()
+    listing, arrays, wanted = Listing(), ImageNames(), {extension.encode() for extension in extensions}
     top = os.fsencode(root)
     # relative paths with a final slash, and the same as names
     stack: list[tuple[bytes, Folder]] = [(b"", ())]
@@ -250,7 +249,7 @@ def walk(root: Path) -> Listing:
                 listing.left_out[BESIDE_ITS_IMAGE] += 1
                 continue
             _, dot, extension = name.lower().rpartition(b".")
-            if dot and extension in _EXTENSIONS:
+            if dot and extension in wanted:
                 (arrays if extension == b"npy" else listing).add(folder + name, group)
             elif dot and extension == b"parquet":
                 listing.tables.append(root / os.fsdecode(folder + name))

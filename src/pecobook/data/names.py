@@ -18,6 +18,7 @@ from pathlib import Path
 _JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
 _OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
 IMAGE_EXTENSIONS = tuple(f"{_JPEG} {_PNG} {_JPEG_2000} {_OTHERS}".split())
+VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "3gp", "flv", "wmv", "ogv")
 IMAGE_FOLDERS = frozenset({"images", "image", "img", "imgs", "jpegimages", "leftimg8bit"})
 MASK_FOLDERS = frozenset(
     (

@@ -42,6 +42,8 @@ class Store:
     """
 
     value_range: Range | None = None
+    unit = "images"
+    """What the rows are, for messages."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -70,6 +72,10 @@ class Store:
             return decode(data, value_range=self.value_range, shortest=shortest)
         except BadImage as error:  # a name takes time, and is needed here alone
             raise BadImage(self.identify(row), error.reason) from error.__cause__
+
+    def sample(self, row: int, shortest: int = 0) -> tuple[Any, ...]:
+        """Return what `ImageSource.sample` returns. Raises BadImage."""
+        return (self.read(row, shortest),)
 
     def files(self, rows: Integers) -> Iterable[bytes] | None:  # noqa: ARG002
         """Return the paths of the files that hold the rows, some perhaps twice; None if they are in no files."""
@@ -144,11 +150,13 @@ class ImageSource:
         return self._store.file(self._row(index))
 
     def sample(self, index: int, shortest: int = 0) -> tuple[Any, ...]:
-        """Read the inputs of a view: (image,), or (image, mask or objects) in dense sources; `shortest` as in `read`.
+        """Read the inputs of a view: (image,), (image, mask or objects) in dense sources, or (a reader of frames,).
+
+        `shortest` is that of `read`.
 
         Raises BadImage.
         """
-        return (self.read(index, shortest),)
+        return self._store.sample(self._row(index), shortest)
 
     def identify(self, index: int) -> str:
         """Return a name by which a person can find image `index`: a path, "x.parquet row 12", "x.tar/member"."""
@@ -163,6 +171,11 @@ class ImageSource:
         part._rows = _compact(chosen, len(self._store)) if self._rows is None else self._rows[chosen]
         part.labels = None if self.labels is None else self.labels[chosen]
         return part
+
+    @property
+    def unit(self) -> str:
+        """What the source holds, "images" or "clips"."""
+        return self._store.unit
 
     @property
     def value_range(self) -> ValueRange | None:

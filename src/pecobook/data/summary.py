@@ -199,8 +199,8 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
     census = sample_census(train) if census is None else census
     evaluation = Census.of(held_out) if evaluation is None else evaluation
     built_in = ", built-in photographs (--data SOURCE takes your own images)" if train.name == "photos" else ""
-    amounts = f"{len(train):,} images to train on, {len(held_out):,} held out ({splits.evaluation_name})"
-    lines = [("data", f"{train.name}{built_in}"), ("images", amounts)]
+    amounts = f"{len(train):,} {train.unit} to train on, {len(held_out):,} held out ({splits.evaluation_name})"
+    lines = [("data", f"{train.name}{built_in}"), (train.unit, amounts)]
     if isinstance(train, DetectionSource):
         lines += _object_lines(train, cast("DetectionSource", held_out))
     elif isinstance(train, SegmentationSource):

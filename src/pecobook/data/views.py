@@ -66,7 +66,7 @@ def crop_box(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> Tensor:
+def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float, flip: bool = True) -> Tensor:
     """Crop an image at random, flip it horizontally with probability 0.5, and resize it (bicubic, antialiased).
 
     Args:
@@ -74,6 +74,7 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> 
         size: side of the view in pixels.
         view_key: the key of the view.
         min_area: minimum area of the crop, as a fraction of the image's area.
+        flip: whether the image may be flipped.
 
     Returns:
         uint8 (C, size, size).
@@ -81,7 +82,7 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> 
     top, left, height, width = crop_box(image.shape[1], image.shape[2], view_key, min_area=min_area)
     view = resize(image[:, top : top + height, left : left + width], size, size)
     return (
-        view.flip(2) if uniform(view_key, _FLIP_DRAW) < 0.5 else view
+        view.flip(2) if flip and uniform(view_key, _FLIP_DRAW) < 0.5 else view
     )  # last, since the view is mostly smaller than the crop
 
 

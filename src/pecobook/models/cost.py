@@ -26,6 +26,7 @@ from pecobook.models.masked_vit import VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
 from pecobook.models.networks import create_network
 from pecobook.models.tokenizer import build_autoencoder
+from pecobook.models.video import ClipNetwork
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.pretrain import DecoderConfig
@@ -260,8 +261,15 @@ def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
     return flop
 
 
-def _finetune(config: Any, others: Mapping[str, Any]) -> float:
-    return 3 * _network(config.backbone, config.image_size, others).flop
+def _clips(name: str, args: str, size: int, frames: int) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (frames, 3)), ClipNetwork(_timm(name, args, size), frames))
+
+
+def _finetuned(config: Any, others: Mapping[str, Any]) -> _Pass:
+    size, frames = config.image_size, config.clip.frames
+    if not frames:
+        return _network(config.backbone, size, others)
+    return _count(_clips, size, 3 * frames, *_backbone(config.backbone, others), size, frames)
 
 
 class _Segmentation(nn.Module):
@@ -325,17 +333,12 @@ def _dense(config: SegmentConfig | DetectConfig, others: Mapping[str, Any]) -> _
     return _count(module, size, 3, *_backbone(config.backbone, others), config)
 
 
-def _dense_flop(config: SegmentConfig | DetectConfig, others: Mapping[str, Any]) -> float:
-    return 3 * _dense(config, others).flop
-
-
 _PER_IMAGE: dict[str, Callable[[Any, Mapping[str, Any]], float]] = {
     "contrast": _contrast,
     "codebook": _codebook,
     "pretrain": _pretrain,
-    "finetune": _finetune,
-    "segment": _dense_flop,
-    "detect": _dense_flop,
+    "finetune": lambda config, others: 3 * _finetuned(config, others).flop,
+    **dict.fromkeys(("segment", "detect"), lambda config, others: 3 * _dense(config, others).flop),
 }
 
 # ----------------------------------------------------------------------------------------------------------- whole jobs
@@ -350,7 +353,7 @@ def _training(command: str, config: Any, others: Mapping[str, Any]) -> tuple[flo
     if command == "codebook":
         parameters = _autoencoder(config.model, config.image_size).parameters
     elif command == "finetune":
-        parameters = _network(config.backbone, config.image_size, others).parameters
+        parameters = _finetuned(config, others).parameters
     elif command in ("segment", "detect"):
         parameters = _dense(config, others).parameters
     else:

@@ -30,6 +30,7 @@ _NAMES = Kind("a list of at least one text", lambda value: list_of(TEXT).holds(v
 _OF_0_1 = Kind("a whole number, which exports have since version 0.1.0", COUNT.holds)
 _NETWORK = {"name": TEXT, "args": OBJECT, "mean": list_of(NUMBER, 3), "std": list_of(NUMBER, 3)}
 _PYRAMID = {**_NETWORK, "image_size": _SIZE, "window": COUNT}
+_CLASSIFIER = {**_NETWORK, "image_size": _SIZE, "classes": _NAMES, "crop": _SHARE.or_none}
 _COMMON = {
     "kind": TEXT.or_none,
     "origin": TEXT.or_none,
@@ -39,7 +40,8 @@ _COMMON = {
 _SCHEMAS: dict[str, Schema] = {
     "tokenizer": {"model": {"group_size": _OF_0_1}, "num_codewords": WHOLE, "image_size": _SIZE},
     "backbone": {**_NETWORK, "image_size": _SIZE.or_none},
-    "classifier": {**_NETWORK, "image_size": _SIZE, "classes": _NAMES, "crop": _SHARE.or_none},
+    "classifier": _CLASSIFIER,
+    "clip classifier": {**_CLASSIFIER, "clip": OBJECT},
     "segmenter": {"pyramid": _PYRAMID, "classes": _NAMES, "width": COUNT, "image_size": _SIZE},
     "detector": {
         "pyramid": _PYRAMID,

@@ -58,6 +58,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     | _named(pretrain.paper_vit_l, pretrain.paper_vit_h, pretrain.paper_mae),
     "finetune": _named(
         finetune.tiny,
+        finetune.tiny_video,
         finetune.cifar10,
         finetune.tiny_imagenet,
         finetune.imagenette,
@@ -68,6 +69,9 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         finetune.paper_mae,
         finetune.paper_scratch,
         finetune.paper_deit,
+        finetune.paper_video,
+        finetune.paper_video_ssv2,
+        finetune.paper_video_deit,
     ),
     "segment": _named(segment.tiny, segment.camvid)
     | {"paper": segment.paper_ade20k, "paper-ade20k": segment.paper_ade20k},

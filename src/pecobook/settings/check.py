@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from pecobook.settings.config_files import errors_with_lines, read_config
-from pecobook.settings.images import MAX_WORKERS, ImagesConfig
+from pecobook.settings.images import MAX_WORKERS, ClipConfig, ImagesConfig
 from pecobook.settings.values import between, refuse, replace, settings_class
 
 
@@ -35,6 +35,7 @@ class CheckConfig(ImagesConfig):
     """Pixel values or names of classes that do not count, as of segment."""
     skip_bad: bool = False
     """Leave out what does not fit instead of reporting an error, as segment and detect do."""
+    clip: ClipConfig = ClipConfig()
     masks: bool = True
     """Read the masks of objects too, as detect does."""
     out: str = ""

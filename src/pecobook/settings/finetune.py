@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pecobook.settings.images import NormalisationConfig
+import dataclasses
+
+from pecobook.settings.images import ClipConfig, NormalisationConfig
 from pecobook.settings.training import CropTrainConfig, OptimConfig, ResidualConfig, StartConfig
-from pecobook.settings.values import below_one, between, not_negative, positive, settings_class
+from pecobook.settings.values import below_one, between, not_negative, positive, refuse, settings_class
 
 
 @settings_class
@@ -30,6 +32,9 @@ class FinetuneConfig(CropTrainConfig, StartConfig, NormalisationConfig, Residual
     average."""
     eval_crop: float = 0.875
     """Share of an image's shorter side that the central crop of evaluation takes (224 of 256)."""
+    head_rate: float = 1.0
+    """Factor on the learning rate of the head."""
+    clip: ClipConfig = ClipConfig()
     optim: OptimConfig = OptimConfig(lr=4e-3, warmup="20 epochs", layer_decay=0.65)
     evaluation_images: int = 50_000
     min_crop: float = 0.08
@@ -42,5 +47,7 @@ class FinetuneConfig(CropTrainConfig, StartConfig, NormalisationConfig, Residual
         NormalisationConfig.__post_init__(self)
         below_one(self, "average")
         between(self, 0.0, 1.0, "label_smoothing", "random_erasing", "eval_crop")
-        positive(self, "eval_crop", "repeats")
+        positive(self, "eval_crop", "repeats", "head_rate")
         not_negative(self, "mixup", "cutmix")
+        if self.clip.frames and self.init:
+            refuse("init", "starts a classifier of images; for one of clips give --backbone.")

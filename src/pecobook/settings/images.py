@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pecobook.settings.values import between, not_negative, positive, refuse, settings_class
 
@@ -97,6 +97,32 @@ def check_normalisation(config: Any, mean: str, std: str, *, lowest: float = 0.0
     for name in (mean, std):
         if len(getattr(config, name)) not in (0, 3):
             refuse(name, f"takes three numbers, not {len(getattr(config, name))}.")
+
+
+@settings_class
+class ClipConfig:
+    """The frames of a video that a classifier reads (paper, Table 9)."""
+
+    frames: int = 0
+    """Number of frames of a clip; --data is then a folder of videos, or of folders of frames. 0 reads images."""
+    sampling: Literal["stride", "segments"] = "stride"
+    """Which frames: stride, every --clip.stride-th, from a random one on in training and around the middle of the video
+    in evaluation (Kinetics); segments, one of each of --clip.frames equal parts of the video, at random in training and
+    the middle one in evaluation (Something-Something)."""
+    stride: int = 32
+    """Distance between two frames of a clip with --clip.sampling stride; a video that is too short for it is spanned by
+    equal, shorter distances."""
+    flip: bool = True
+    """Flip half of the clips in training. Not for classes that tell left from right, as Something-Something's do."""
+    crops: int = 1
+    """Squares of a clip in evaluation: 1, the central one; 3, that and those at both ends of the longer side, whose
+    probabilities are averaged."""
+
+    def __post_init__(self) -> None:
+        between(self, 0, 1024, "frames")
+        positive(self, "stride", most=2**20)
+        if self.crops not in (1, 3):
+            refuse("crops", f"is 1 or 3, not {self.crops}.")
 
 
 @settings_class

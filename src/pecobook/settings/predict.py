@@ -43,8 +43,8 @@ class PredictConfig:
     """A run of finetune, segment or detect, or its export folder. On the command line the run may stand first, without
     the flag."""
     images: str = ""
-    """An image, a folder of images at any depth, or another source of images. On the command line the images may stand
-    second, without the flag."""
+    """An image, a folder of images at any depth, or another source of images; for a classifier of clips a video, or a
+    folder of videos or of frames. On the command line the images may stand second, without the flag."""
     value_range: tuple[float | str, ...] = AUTO
     """Values that become black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range with
     which the run was trained, else looks at 64 images and prints the range that it takes."""

@@ -16,8 +16,8 @@ class ReproduceConfig(ManyRunsConfig):
 
     tables: tuple[str, ...] = ()
     """Tables of the paper: any of tables1-2, table1-large, table1-huge, table3, table4, table5, table6, table7, table8,
-    table10, table11, table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command line the
-    tables may stand first, without the flag."""
+    table9, table10, table11, table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command
+    line the tables may stand first, without the flag."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
@@ -57,6 +57,11 @@ class ReproduceConfig(ManyRunsConfig):
     paper."""
     detection_data: str = ""
     """Images and objects in COCO's format for the detection of Tables 3 and 8, as in detect's --data."""
+    kinetics: str = ""
+    """A folder of clips for the first column of Table 9, Kinetics-400: videos or folders of frames, as in finetune's
+    --data with --clip.frames."""
+    ssv2: str = ""
+    """A folder of clips for the second column of Table 9, Something-Something v2."""
     more_data: str = ""
     """More images, for Table 7 of the paper's first version."""
     gpus_per_run: int = 0

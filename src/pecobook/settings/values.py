@@ -198,7 +198,8 @@ def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: 
         if name in never or (value == read(default) and name not in always):
             continue
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            group, dot, leaf = name.rpartition(".")
+            words.append(f"--{name}" if value else f"--{group}{dot}no-{leaf}")
         else:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words

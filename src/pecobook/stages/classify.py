@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
+from pecobook.data.clips import central_clip, open_clips, random_clip
 from pecobook.data.sampler import key
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
@@ -24,6 +25,7 @@ from pecobook.models.dry_run import dry_run, refusing
 from pecobook.models.export import check_kind
 from pecobook.models.initial import start_head
 from pecobook.models.residual import keep_residuals_low
+from pecobook.models.video import ClipClassifier, ClipNetwork, image_network
 from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -32,7 +34,7 @@ from pecobook.utils.images import channels_last, to_float
 
 
 class ClassifyStage(Stage[FinetuneConfig]):
-    """A backbone with a linear head on its mean-pooled patch features.
+    """A backbone with a linear head on its mean-pooled patch features, of images or of clips (`models.video`).
 
     Args:
         config: all settings.
@@ -68,14 +70,17 @@ class ClassifyStage(Stage[FinetuneConfig]):
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Return the cross-entropy of uint8 images (B, 3, H, W); in evaluation also the five best classes."""
+        """Return the cross-entropy of uint8 images (B, 3, H, W); in evaluation also the five best classes.
+
+        Clips have the shape (B, T, 3, H, W), in evaluation with V crops (B, V, T, 3, H, W).
+        """
         images = (to_float(batch["image"]) - self.mean) / self.std
         labels = batch["label"]
         targets = F.one_hot(labels, len(self.classes)).float()
         network = self.network if self.training or self.averaged is None else self.averaged
         if self.training:
             images, targets = self._augment(images, targets)
-        logits = network(channels_last(images)).float()
+        logits = network(images if self.config.clip.frames else channels_last(images)).float()
         if self.training:
             loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
             return StageOutput(loss, {"top1": 100 * (logits.argmax(1) == labels).float().mean()})
@@ -86,8 +91,12 @@ class ClassifyStage(Stage[FinetuneConfig]):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiling would build a graph for each drawn number
     def _augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Erase parts of normalised images (B, 3, H, W), and mix the images and their targets (B, classes)."""
-        images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
+        """Erase parts of normalised images (B, ..., 3, H, W), and mix the images and their targets (B, classes).
+
+        What is done to an image is done to all frames of a clip.
+        """
+        if self.config.random_erasing:
+            images = random_erasing(images.flatten(1, -3), self.config.random_erasing).view_as(images)
         return mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
 
     def repeats(self) -> int:
@@ -118,16 +127,30 @@ class ClassifyStage(Stage[FinetuneConfig]):
         write_atomically(folder / "samples" / "confusion.png", picture)
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
-        """Return parameter groups with layer-wise learning rates."""
-        return layer_decay_groups(self.network, config)
+        """Return parameter groups with layer-wise learning rates; those of the head are multiplied by `head_rate`."""
+        groups = layer_decay_groups(image_network(self.network), config)
+        if self.config.head_rate == 1:
+            return groups
+        heads = self.network.get_classifier()  # type: ignore[operator]
+        of_head = {
+            parameter for head in (heads if isinstance(heads, tuple) else (heads,)) for parameter in head.parameters()
+        }
+        split = []
+        for group in groups:
+            for is_head, rate in ((False, 1.0), (True, self.config.head_rate)):
+                parameters = [parameter for parameter in group["params"] if (parameter in of_head) == is_head]
+                split += [{**group, "params": parameters, "lr_scale": rate * group["lr_scale"]}] if parameters else []
+        return split
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the classifier as a plain timm network, with the names of its classes."""
+        """Write the classifier, of images as a plain timm network, with the names of its classes."""
         weights = submodule_state(state, "network" if self.averaged is None else "averaged")
-        classifier = Classifier(self.network, *self._backbone_fields, classes=self.classes, crop=self.config.eval_crop)
+        clip = self.config.clip
+        kind: Any = partial(ClipClassifier, clip=clip) if clip.frames else Classifier
+        classifier = kind(self.network, *self._backbone_fields, classes=self.classes, crop=self.config.eval_crop)
         classifier.value_range, classifier.init = self.config.value_range, self.init
         classifier.save_pretrained(folder, state=weights, origin="classification")
-        return classifier.loading_code(str(folder))
+        return str(classifier.loading_code(str(folder)))
 
     @classmethod
     def check(cls, config: FinetuneConfig) -> Backbone:
@@ -136,13 +159,19 @@ class ClassifyStage(Stage[FinetuneConfig]):
         if not (config.backbone or config.init):
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
         backbone = load_for_classification(config)
-        images = torch.zeros(2, 3, config.image_size, config.image_size)
+        frames = (config.clip.frames,) if config.clip.frames else ()
+        images = torch.zeros(2, *frames, 3, config.image_size, config.image_size)
         purpose = f"learn from images of {config.image_size} pixels"
         name = config.backbone or config.init
         dry_run(backbone.network, (images,), network=name, purpose=purpose)
         with refusing(name, "be trained with a learning rate for each layer"):
-            layer_decay_groups(backbone.network, config.optim)
+            layer_decay_groups(image_network(backbone.network), config.optim)
         return backbone
+
+    @classmethod
+    def open(cls, config: FinetuneConfig) -> Splits:
+        """Open the images, or the clips, of `--data`."""
+        return open_clips(config.data) if config.clip.frames else super().open(config)
 
     @classmethod
     def needs_labels(cls, config: FinetuneConfig) -> bool:
@@ -157,12 +186,15 @@ class ClassifyStage(Stage[FinetuneConfig]):
     @classmethod
     def view(cls, config: FinetuneConfig) -> ViewFunction:
         """Return the function that takes a random, augmented crop of an image."""
-        return partial(_augmented_view, size=config.image_size, min_area=config.min_crop, policy=config.rand_augment)
+        rules: dict[str, Any] = {"size": config.image_size, "min_area": config.min_crop, "policy": config.rand_augment}
+        view = partial(random_clip, config=config.clip) if config.clip.frames else _augmented_view
+        return partial(view, **rules)
 
     @classmethod
     def evaluation_view(cls, config: FinetuneConfig) -> ViewFunction:
         """Return the function that takes the central crop of a held-out image."""
-        return partial(central_view, size=config.image_size, share=config.eval_crop)
+        view = partial(central_clip, config=config.clip) if config.clip.frames else central_view
+        return partial(view, size=config.image_size, share=config.eval_crop)
 
 
 def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -171,7 +203,7 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tupl
     Where both are on, each batch takes one of them with equal chances.
 
     Args:
-        images: float (B, C, H, W).
+        images: float (B, ..., H, W).
         targets: float (B, classes), rows sum to 1.
         mixup: alpha of the Beta distribution of Mixup's share (arXiv 1710.09412); 0 switches Mixup off.
         cutmix: alpha of the Beta distribution of CutMix's uncut area (arXiv 1905.04899); 0 switches CutMix off.
@@ -200,7 +232,7 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
     """Load the backbone, that of `--init` too; a transformer pools by the mean of its patches."""
     if config.init:
         check_kind(config.init, "classifier", "finetune")
-    return load_backbone(
+    backbone = load_backbone(
         config.backbone or config.init,
         weights=config.weights or None,
         image_size=config.image_size,
@@ -209,6 +241,10 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
         mean=config.mean,
         std=config.std,
     )
+    if config.clip.frames:
+        with refusing(backbone.name, "read clips", "Choose a ViT or a BEiT."):
+            backbone.network = ClipNetwork(backbone.network, config.clip.frames)
+    return backbone
 
 
 def _augmented_view(image: Tensor, view_key: int, *, size: int, min_area: float, policy: str) -> dict[str, Tensor]:

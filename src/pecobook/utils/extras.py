@@ -9,6 +9,7 @@ from pecobook.errors import ConfigError
 _MODULES = {
     "analysis": {"sklearn": "scikit-learn", "scipy": "scipy"},
     "onnx": {"onnx": "onnx", "onnxscript": "onnxscript"},
+    "video": {"av": "av"},
     "photos": {"skimage": "scikit-image", "sklearn": "scikit-learn"},
 }
 

@@ -103,8 +103,9 @@ def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -
     command = _READS_AS.get(task, task)
     settings: TrainConfig = recipe(command, config.recipe) if config.recipe else COMMANDS[command].settings()
     names = {field.name for field in dataclasses.fields(settings)} - {"data", "out", "workers"}
+    values = {**vars(config), "clip": dataclasses.asdict(config.clip)}
     given = {
-        field.name: getattr(config, field.name)
+        field.name: values[field.name]
         for field in dataclasses.fields(config)
         if field.name in names and getattr(config, field.name) != field.default
     }

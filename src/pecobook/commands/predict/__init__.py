@@ -1,6 +1,7 @@
 """`pecobook predict`: write the predictions of a trained classifier, segmenter or detector for images.
 
     classifier   predictions.csv                            and pictures/, each image with the best class
+                 of clips: the same, for videos or folders of frames, of which pictures/ has the middle frame
     segmenter    masks/ (PNG, pixel values are class numbers), classes.txt        and pictures/, classes as colours
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
     --attack     robustness.json, the accuracy of a classifier on held-out images, also under attack
@@ -24,6 +25,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pecobook.commands.predict import robustness, writers
+from pecobook.data.clips import all_clips
 from pecobook.data.decode import BadImage
 from pecobook.data.folders import FileStore, walk
 from pecobook.data.images import open_all_splits, say_left_out
@@ -34,6 +36,7 @@ from pecobook.engine.log import Progress
 from pecobook.engine.value_range import set_value_range
 from pecobook.errors import ConfigError, DataError, WeightsError
 from pecobook.models.export import read_settings
+from pecobook.settings.images import ClipConfig
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import OutputFolder
@@ -55,7 +58,7 @@ class Writer(Protocol):
         Args:
             name: name of the image in the source.
             file: relative path without extension for the files of this image.
-            image: uint8 (3, H, W).
+            image: uint8 (3, H, W); of a clip its frames (T, 3, H, W).
 
         Raises:
             BadImage: the network fails on this image.
@@ -83,8 +86,11 @@ def predict(config: PredictConfig) -> Path:
             summary = robustness.measure(config, classifier, splits, folder.path)
         show(f"\nDone: {folder.path / robustness.FILE}\n{summary}")
         return folder.path
-    sources = list_images(config.images)
     writer = _writer(config, folder.path)
+    if isinstance(writer, writers.ClipWriter):
+        sources = list_clips(config.images, writer.model.clip)
+    else:
+        sources = list_images(config.images)
     set_value_range([source for source, _ in sources], config.value_range, [config.run])
     with folder.begin():
         summary = _predict_all(config, sources, writer, folder.path)
@@ -151,11 +157,18 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
     return [(split, "") for split in splits]
 
 
+def list_clips(source: str, config: ClipConfig) -> list[tuple[ImageSource, str]]:
+    """Open all clips of a folder, or one video, as `list_images` opens images."""
+    path = Path(source).expanduser()
+    return [(all_clips(source, config), f"{path if path.is_dir() else path.parent}/")]
+
+
 def read_images(sources: list[tuple[ImageSource, str]], shortest: int = 0) -> Iterator[tuple[str, Tensor | BadImage]]:
     """Decode images in worker processes; `shortest` as in `decode`.
 
     Yields:
-        name of an image, and the pixels uint8 (3, H, W), or the reason why the image cannot be read.
+        name of an image, and the pixels uint8 (3, H, W), of a clip the frames (T, 3, H, W), or the reason why it cannot
+        be read.
     """
     for source, prefix in sources:
         for index, image in enumerate(read_whole(source, shortest)):
@@ -192,6 +205,7 @@ def _shortened(part: str) -> str:
 def _writer(config: PredictConfig, out: Path) -> Writer:
     writer_types: dict[str, Callable[[PredictConfig, Path], Writer]] = {
         "classifier": writers.ClassifierWriter,
+        "clip classifier": writers.ClipWriter,
         "segmenter": writers.SegmenterWriter,
         "detector": writers.DetectorWriter,
     }

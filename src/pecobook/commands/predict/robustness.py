@@ -39,7 +39,7 @@ class AttackedClassifier:
     def __init__(self, config: PredictConfig, classes: tuple[str, ...]) -> None:
         kind = read_settings(config.run).get("kind")
         if kind != "classifier":
-            raise ConfigError(f"--attack.names needs a finetune run: '{config.run}' is a {kind}.")
+            raise ConfigError(f"--attack.names needs a finetune run of images: '{config.run}' is a {kind}.")
         self.model = Classifier.from_pretrained(config.run).to(device()).requires_grad_(False)
         columns = class_indices(self.model.classes, classes, f"'{config.run}'", config.images)
         self.columns = torch.tensor(columns, device=device())

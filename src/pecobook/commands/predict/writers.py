@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pecobook.analysis.detections import coco_results, colour_of
 from pecobook.analysis.segments import overlay, palette
+from pecobook.data.clips import central_crops
 from pecobook.data.decode import BadImage
 from pecobook.data.views import center_crop, central_view, shortest_side
 from pecobook.errors import first_line
 from pecobook.models.dense.detector import Detections, Detector
 from pecobook.models.dense.segmenter import Segmenter
+from pecobook.models.video import ClipClassifier
 from pecobook.models.weights import Classifier
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.devices import device
@@ -43,9 +45,11 @@ _MAX_BYTES = 2**28
 class ClassifierWriter:
     """Writes predictions.csv: a row per image with the five best classes and their probabilities."""
 
+    kind: type[Classifier] = Classifier
+
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures = out, config.pictures
-        self.model = Classifier.from_pretrained(config.run).to(device())
+        self.model = self.kind.from_pretrained(config.run).to(device())
         self.square: dict[str, Any] = {"size": self.model.image_size, "share": self.model.crop}
         view = partial(central_view, **self.square)
         self.shortest = 0 if self.pictures else shortest_side(view)  # as the evaluation of the training reads it
@@ -55,7 +59,10 @@ class ClassifierWriter:
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Put the central square of an image into the batch; a full batch is classified and written."""
-        self.waiting.append((name, file, image, center_crop(image, **self.square)))
+        self._wait(name, file, image, center_crop(image, **self.square))
+
+    def _wait(self, name: str, file: str, image: Tensor, square: Tensor) -> None:
+        self.waiting.append((name, file, image, square))
         num_bytes = sum(waiting.numel() for _, _, waiting, _ in self.waiting)
         if len(self.waiting) == _BATCH or num_bytes > _MAX_BYTES:
             self._classify()
@@ -89,6 +96,18 @@ class ClassifierWriter:
         if self.waiting:
             self._classify()
         return f"predictions.csv: {self.num_images} images."
+
+
+class ClipWriter(ClassifierWriter):
+    """Writes what `ClassifierWriter` writes, for clips; a picture is the middle frame."""
+
+    kind = ClipClassifier
+    model: ClipClassifier
+
+    def add(self, name: str, file: str, image: Tensor) -> None:
+        """Put the squares of the frames (T, 3, H, W) of a clip into the batch."""
+        squares = central_crops(image, self.model.clip, **self.square)
+        self._wait(name, file, image[len(image) // 2], squares)
 
 
 class SegmenterWriter:

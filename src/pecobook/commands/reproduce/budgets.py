@@ -60,8 +60,9 @@ class Budget:
     vits: dict[str, VitRuns]
     """The ViTs that are pre-trained and fine-tuned, by size: base, large, huge; and visible, of the size of base, whose
     pre-training on tokens reads the visible patches alone."""
-    dense: dict[str, SegmentConfig | DetectConfig]
-    """Segmentation and detection on each of these ViTs: segment and detect."""
+    transfers: dict[str, SegmentConfig | DetectConfig | FinetuneConfig]
+    """Further trainings of each of these ViTs: segment and detect, and kinetics and ssv2 of clips. A name of an arm
+    behind the kind, as in kinetics-deit, stands for a recipe of its own."""
     max_images: int = 0
     """Largest number of images of each split in an analysis; 0 keeps the numbers of `analyze`."""
     classifier: str = ""
@@ -121,9 +122,12 @@ def _tiny(factor: int) -> Budget:
                 factor, resnet, dataclasses.replace(classifier, image_size=64), depth=10, embed_dim=192
             ),
         },
-        dense={
+        transfers={
             "segment": dataclasses.replace(segment.tiny(), max_steps=str(100 * factor)),
             "detect": dataclasses.replace(detect.tiny(), max_steps=str(100 * factor)),
+            **dict.fromkeys(
+                ("kinetics", "ssv2"), dataclasses.replace(finetune.tiny_video(), max_steps=str(100 * factor))
+            ),
         },
     )
 
@@ -166,7 +170,14 @@ def _paper() -> Budget:
         lite=codebook.paper_lite().model,
         discriminator_layers=3,
         vits=_paper_vits(),
-        dense={"segment": segment.paper_ade20k(), "detect": detect.paper_coco()},
+        transfers={
+            "segment": segment.paper_ade20k(),
+            "detect": detect.paper_coco(),
+            "kinetics": finetune.paper_video(),
+            "kinetics-deit": finetune.paper_video_deit(),
+            "ssv2": finetune.paper_video_ssv2(),
+            "ssv2-deit": dataclasses.replace(finetune.paper_video_deit(), clip=finetune.paper_video_ssv2().clip),
+        },
         max_images=LARGEST,
         classifier="timm:deit_tiny_patch16_224",
     )

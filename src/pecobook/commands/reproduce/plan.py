@@ -13,12 +13,13 @@ from pecobook.commands.jobs import Job
 from pecobook.commands.paper_tables import ATTACKED, EPOCHS, Arm, PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
 from pecobook.commands.reproduce.duel import Duel
-from pecobook.commands.reproduce.transfers import dense_data, kinds_of
+from pecobook.commands.reproduce.transfers import DATA_FLAGS, kinds_of, transfer_data
 from pecobook.data.source import Splits
 from pecobook.models.cost import Cost, job_cost
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
+from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.predict import AttackConfig, PredictConfig
 from pecobook.settings.pretrain import PretrainConfig
@@ -53,7 +54,7 @@ class Plan:
             self.classifier = self.budget.classifier
         is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
         self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
-        self.dense_data = dense_data(config, self.budget.dense)
+        self.transfer_data = transfer_data(config, self.budget.transfers)
         self.jobs: dict[str, Job] = {}
         self.duel = Duel(config, splits, self.add, self._run_settings) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
@@ -104,8 +105,8 @@ class Plan:
         kind = next(iter(kinds_of([figure])), "")
         if kind and not self.config.transfer:
             return "--transfer"
-        if kind in ("segment", "detect") and kind not in self.dense_data:
-            return "--segmentation-data SOURCE" if kind == "segment" else "--detection-data SOURCE"
+        if kind in DATA_FLAGS and kind not in self.transfer_data:
+            return DATA_FLAGS[kind]
         if figure == "classified" and not self.classifier and self.budget.supervised is None:
             return "--classifier"
         return ""
@@ -116,8 +117,8 @@ class Plan:
         return [f"Not measured: {heading} (needs {needs})." for heading, needs in missing.items() if needs]
 
     def _waits_for_data(self, table: PaperTable) -> bool:
-        """Whether a table has only figures for which --segmentation-data or --detection-data is missing."""
-        return all(self.missing_for_figure(figure).endswith("-data SOURCE") for figure, _ in table.figures)
+        """Whether a table has only figures for which the images or the clips are missing."""
+        return all(self.missing_for_figure(figure) in DATA_FLAGS.values() for figure, _ in table.figures)
 
     def canonical(self, arm: str) -> str:
         """Return one name for arms with equal trainings: the default network of all rows also has a row in Table 5."""
@@ -268,14 +269,16 @@ class Plan:
             name, attack = f"attack-{arm}-{seed}", replace(AttackConfig(), {"names": tuple(dict(ATTACKED))})
             source: dict[str, Any] = {"images": self.config.data, "value_range": self.config.value_range}
             self.add(name, "predict", PredictConfig(run=run, out=self.out(name), attack=attack, **source), job)
-        for command in [kind for kind in kinds if kind in self.dense_data]:
-            part, name, data = Arm.parse(arm), f"{command}-{arm}-{seed}", self.dense_data[command]
+        for kind in [kind for kind in kinds if kind in self.transfer_data]:
+            part, name, data = Arm.parse(arm), f"{kind}-{arm}-{seed}", self.transfer_data[kind]
             is_scratch = part.target in FROM_SCRATCH
             if is_scratch and not self.has_labels:
                 continue
             backbone, job = self._add_classifier(arm, seed) if is_scratch else self._backbone(part, seed)
             changes = {"backbone": backbone, "num_images": data.num_images, **data.settings}
-            self.add(name, command, self._run_settings(self.budget.dense[command], name, seed, **changes), job)
+            base = self.budget.transfers.get(f"{kind}-{part.target}", self.budget.transfers[kind])
+            command = "finetune" if isinstance(base, FinetuneConfig) else kind
+            self.add(name, command, self._run_settings(base, name, seed, **changes), job)
 
     def _add_classifier(self, arm: str, seed: int) -> tuple[str, str]:
         """Add the classifier of an arm; returns the run and the name of its job."""

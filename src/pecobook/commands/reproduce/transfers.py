@@ -1,4 +1,5 @@
-"""What a pre-trained ViT is good for: classification, segmentation, detection, and accuracy under attack.
+"""What a pre-trained ViT is good for: classification of images and of clips, segmentation, detection, and accuracy
+under attack.
 
 Kinds of runs, which name the jobs `KIND-ARM-SEED`, and the figures that a table reads from each.
 """
@@ -12,8 +13,9 @@ from typing import Any
 
 from pecobook.analysis.charts import read_metrics
 from pecobook.commands.jobs import Job
-from pecobook.commands.paper_tables import ATTACKED
+from pecobook.commands.paper_tables import ATTACKED, CLIPS
 from pecobook.commands.predict.robustness import read_accuracy
+from pecobook.data.clips import open_clips
 from pecobook.data.dense.detection import open_detection
 from pecobook.data.dense.segmentation import open_segmentation
 from pecobook.data.source import Splits
@@ -25,8 +27,16 @@ TRANSFERS: dict[str, dict[str, str]] = {
     "attack": {name: name for name, _ in ATTACKED},
     "segment": {"miou": "evaluation/miou"},
     "detect": {"box_ap": "evaluation/box_ap", "mask_ap": "evaluation/mask_ap"},
+    **{name: {name: "evaluation/top1"} for name, _ in CLIPS},
 }
 """Kind of a run to its figures, each with the name of its metric."""
+DATA_FLAGS = {
+    "segment": "--segmentation-data SOURCE",
+    "detect": "--detection-data SOURCE",
+    "kinetics": "--kinetics FOLDER",
+    "ssv2": "--ssv2 FOLDER",
+}
+"""Kind of a run to the flag that names its data, for those that do not learn from the images of --data."""
 
 
 def kinds_of(figures: Iterable[str]) -> list[str]:
@@ -45,17 +55,17 @@ def transfer_figures(job: Job, names: dict[str, str]) -> dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseData:
-    """The images of segmentation or of detection."""
+class TransferData:
+    """The images of segmentation or of detection, or clips."""
 
     num_images: int
-    """Number of training images."""
+    """Number of training images or clips."""
     settings: dict[str, Any]
-    """The settings of `segment` or `detect` that name the images and their classes."""
+    """The settings of the command that name the images and their classes."""
 
 
-def dense_data(config: ReproduceConfig, base: Mapping[str, Any]) -> dict[str, DenseData]:
-    """Open the images of segmentation and detection that `config` names.
+def transfer_data(config: ReproduceConfig, base: Mapping[str, Any]) -> dict[str, TransferData]:
+    """Open the images of segmentation and detection, and the clips, that `config` names; the keys are `DATA_FLAGS`.
 
     `base` holds the settings of `segment` and `detect` that name the classes where `config` does not. Raises
     PecobookError.
@@ -64,16 +74,19 @@ def dense_data(config: ReproduceConfig, base: Mapping[str, Any]) -> dict[str, De
         "mask_values": config.segmentation_mask_values or base["segment"].mask_values,
         "ignore": config.segmentation_ignore or base["segment"].ignore,
     }
-    sources: dict[str, tuple[str, dict[str, Any], Callable[..., Splits]]] = {
-        "segment": ("segmentation", {"data": config.segmentation_data, **classes}, open_segmentation),
-        "detect": ("detection", {"data": config.detection_data}, open_detection),
+    sources: dict[str, tuple[dict[str, Any], Callable[..., Splits]]] = {
+        "segment": ({"data": config.segmentation_data, **classes}, open_segmentation),
+        "detect": ({"data": config.detection_data}, open_detection),
+        **{name: ({"data": getattr(config, name)}, open_clips) for name, _ in CLIPS},
     }
     opened = {}
-    for command, (flag, settings, opener) in sources.items():
+    for kind, (settings, opener) in sources.items():
         if settings["data"]:
             try:
-                opened[command] = DenseData(len(opener(**settings).train), settings)
-            except PecobookError as error:  # the message names the flags of `segment` and `detect`
-                text = re.sub("--(data|mask-values|ignore)", rf"--{flag}-\1", str(error))
+                opened[kind] = TransferData(len(opener(**settings).train), settings)
+            except PecobookError as error:  # the message names the flags of another command
+                flag = DATA_FLAGS[kind].partition(" ")[0]
+                text = str(error).replace("--data", flag)
+                text = re.sub("--(mask-values|ignore)", rf"{flag.removesuffix('data')}\1", text)
                 raise type(error)(text) from None
     return opened

@@ -1,0 +1,197 @@
+"""`pecobook finetune --clip.frames`: from a pre-trained ViT and a folder of clips to predictions."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pecobook
+from pecobook import api, cli
+from pecobook.commands.check import check
+from pecobook.commands.push import push
+from pecobook.data.clips import open_clips, random_clip
+from pecobook.data.stream import Stream, collate
+from pecobook.errors import ConfigError, PecobookError, WeightsError
+from pecobook.recipes import recipe
+from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.values import replace
+from pecobook.stages.classify import ClassifyStage, load_for_classification
+from tests.clips import CLASSES, write_moving
+from tests.runs import export_bytes, logged, losses, train
+
+CLIPS: dict[str, Any] = {
+    **{"clip.frames": 4, "clip.sampling": "segments", "clip.flip": False, "rand_augment": "", "random_erasing": 0.0},
+    **{"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "drop_path": 0.0, "min_crop": 0.8},
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_moving(tmp_path_factory.mktemp("clips"), train=8, held_out=3)
+
+
+@pytest.fixture(scope="module")
+def clip_run(clips: Path, vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    more = {**CLIPS, "clip.crops": 3, "max_steps": "4"}
+    return train("finetune", clips, tmp_path_factory.mktemp("clip_run"), backbone=str(vit_run), **more)
+
+
+def accuracy(data: Path, vit: Path, out: Path) -> float:
+    settings = {**CLIPS, "optim.lr": 1e-2, "optim.layer_decay": 1.0, "max_steps": "250", "batch_size": 32}
+    return float(
+        logged(train("finetune", data, out, backbone=str(vit), log_every=50, **settings))[-1]["evaluation/top1"]
+    )
+
+
+@pytest.mark.slow
+def test_finetune__learns_from_the_order_of_frames_alone(vit_run: Path, tmp_path: Path) -> None:
+    ordered = write_moving(tmp_path / "ordered", train=100, held_out=40)
+    shuffled = write_moving(tmp_path / "shuffled", train=100, held_out=40, shuffled=True)
+    assert accuracy(ordered, vit_run, tmp_path / "a") > 90
+    assert 30 < accuracy(shuffled, vit_run, tmp_path / "b") < 70  # two classes
+
+
+def test_finetune__on_clips_writes_a_classifier_that_predicts(clips: Path, clip_run: Path, tmp_path: Path) -> None:
+    settings = json.loads((clip_run / "export" / "config.json").read_text())
+    assert settings["kind"] == "clip classifier"
+    assert settings["clip"] == {"frames": 4, "sampling": "segments", "stride": 32, "flip": False, "crops": 3}
+    assert len(losses(clip_run)) == 4
+    cli.main(["predict", str(clip_run), str(clips / "val"), "--out", str(tmp_path / "p")])
+    rows = list(csv.DictReader((tmp_path / "p" / "predictions.csv").open()))
+    assert [row["image"] for row in rows] == [f"{name}/clip{n}" for name in CLASSES for n in range(3)]
+    model = pecobook.ClipClassifier.from_pretrained(clip_run)
+    crops = torch.stack([pecobook.read_clip(clips / "val" / row["image"], model.clip, 16) for row in rows])
+    best = model(crops).softmax(1).max(1)
+    assert [row["class"] for row in rows] == [CLASSES[number] for number in best.indices.tolist()]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert len(list((tmp_path / "p" / "pictures").rglob("*.jpg"))) == 6
+
+
+def test_finetune__evaluates_the_mean_probability_of_the_crops(clips: Path, vit_run: Path) -> None:
+    config = stage_settings(vit_run, **{"clip.crops": 3})
+    stage = ClassifyStage(config, CLASSES).eval()
+    torch.nn.init.normal_(stage.network.get_classifier().weight)  # type: ignore[operator]
+    stream = Stream(open_clips(str(clips)).evaluation, ClassifyStage.evaluation_view(config), 0)
+    batch = collate([stream[position] for position in range(6)])
+    assert batch["image"].shape == (6, 3, 4, 3, 16, 16)
+    stage.requires_grad_(False)
+    output = stage(batch)
+    each = [stage({**batch, "image": batch["image"][:, n]}).rows for n in range(3)]
+    dense = [torch.zeros(6, 2).scatter(1, rows["classes"], rows["probabilities"]) for rows in each]
+    mean = torch.stack(dense).mean(0)
+    assert torch.allclose(torch.zeros(6, 2).scatter(1, output.rows["classes"], output.rows["probabilities"]), mean)
+    assert float(output.loss) == pytest.approx(-float(mean[range(6), batch["label"].tolist()].log().mean()))
+
+
+def stage_settings(vit: Path, **more: Any) -> FinetuneConfig:
+    changes = {**CLIPS, "image_size": 16, "backbone": str(vit), "batch_size": 8, **more}
+    config: FinetuneConfig = replace(recipe("finetune", "tiny"), changes)
+    return config
+
+
+def test_augmentations__are_the_same_in_all_frames(vit_run: Path) -> None:
+    config = stage_settings(vit_run, mixup=0.8, cutmix=1.0, random_erasing=1.0)
+    stage = ClassifyStage(config, CLASSES).train()
+    frames = torch.rand(4, 1, 3, 16, 16).expand(-1, 4, -1, -1, -1).clone()
+    before = frames.clone()
+    images, targets = stage._augment(frames, torch.eye(2)[[0, 1, 0, 1]])
+    changed: Tensor = (images != before).any(2)  # (B, T, H, W)
+    assert changed.any()
+    assert torch.equal(changed, changed[:, :1].expand_as(changed))
+    assert torch.allclose(targets.sum(1), torch.ones(4))
+    output = stage({"image": torch.randint(256, (4, 4, 3, 16, 16), dtype=torch.uint8), "label": torch.arange(4) % 2})
+    assert output.loss is not None
+
+
+def test_head_rate__multiplies_the_rate_of_the_head_alone(vit_run: Path) -> None:
+    for frames in (0, 4):
+        stage = ClassifyStage(stage_settings(vit_run, **{"clip.frames": frames, "head_rate": 10.0}), CLASSES)
+        groups = stage.parameter_groups(stage.config.optim)
+        rates = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+        assert len(rates) == len(list(stage.network.parameters())) == sum(len(group["params"]) for group in groups)
+        head = {id(parameter) for parameter in stage.network.get_classifier().parameters()}  # type: ignore[operator]
+        assert {rate for key, rate in rates.items() if key in head} == {10.0}
+        assert max(rate for key, rate in rates.items() if key not in head) <= 1
+
+
+def test_finetune__resumes_exactly_and_with_any_number_of_workers(clips: Path, vit_run: Path, tmp_path: Path) -> None:
+    settings = {**CLIPS, "backbone": str(vit_run), "max_steps": "4", "rand_augment": "rand-m5-mstd0.5-inc1"}
+    whole = train("finetune", clips, tmp_path / "a", **settings)
+    with pytest.raises(RuntimeError, match="stop"), pecobook_stops_after(2):
+        train("finetune", clips, tmp_path / "b", save_every=1, **settings)
+    train("finetune", clips, tmp_path / "b", save_every=1, resume=True, workers=2, **settings)
+    first, second = (export_bytes(run)["model.safetensors"] for run in (whole, tmp_path / "b"))
+    assert first == second
+
+
+@contextlib.contextmanager
+def pecobook_stops_after(step: int) -> Any:
+    calls = []
+
+    def stop(self: ClassifyStage, number: int, total: int) -> None:
+        calls.append(number)
+        if len(calls) > step:
+            raise RuntimeError("stop")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassifyStage, "after_step", stop)
+        yield
+
+
+def test_check__reads_clips(clips: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        report = check(task="finetune", data=str(clips), clip={"frames": 4})
+    assert report["summary"]["clips"] == "16 clips to train on, 6 held out (validation)"
+    assert report["ok"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        cli.main(["check", "finetune", "--data", str(clips), "--clip.frames", "4"])
+
+
+def test_clip_run__other_commands_refuse_it_by_name(clips: Path, clip_run: Path, images: Path, tmp_path: Path) -> None:
+    for settings in ({"format": "timm"}, {"format": "hf"}, {"format": "onnx"}):
+        with pytest.raises(ConfigError, match="is a clip classifier, for which no format has a network"):
+            api.export(run=str(clip_run), out=str(tmp_path / "e"), **settings)
+    with pytest.raises(PecobookError, match="is a clip classifier, not a backbone"):
+        pecobook.embed(backbone=str(clip_run), data=str(images), out=str(tmp_path / "e.npy"))
+    with pytest.raises(PecobookError, match="is a clip classifier, not a backbone"):
+        pecobook.probe(backbone=str(clip_run), data=str(images))
+    with pytest.raises(PecobookError, match=r"'--init|--init .* is a clip classifier"):
+        train("finetune", images, tmp_path / "f", init=str(clip_run))
+    with pytest.raises(ConfigError, match=r"--init starts a classifier of images; for one of clips give --backbone"):
+        train("finetune", clips, tmp_path / "f", init=str(clip_run), **CLIPS)
+    with pytest.raises(PecobookError, match=r"attack.names needs a finetune run of images.*is a clip classifier"):
+        api.predict(run=str(clip_run), images=str(images), out=str(tmp_path / "g"), attack={"names": ("bim",)})
+
+
+def test_clip_run__push_describes_it(clip_run: Path) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        push(run=str(clip_run), repo="me/clips", dry_run=True)
+    assert "video-classification" in said.getvalue()
+    assert "trained on clips of 4 frames of 16 pixels" in said.getvalue()
+    assert "ClipClassifier.from_pretrained" in said.getvalue()
+
+
+def test_finetune__networks_that_cannot_read_clips_are_refused() -> None:
+    config: FinetuneConfig = replace(
+        recipe("finetune", "tiny"), {**CLIPS, "backbone": "timm:resnet10t", "weights": "random"}
+    )
+    with pytest.raises(WeightsError, match=r"'resnet10t' cannot read clips: .*Choose a ViT or a BEiT"):
+        load_for_classification(replace(config, {"drop_path": 0.0}))
+
+
+def test_view__is_a_function_of_the_key(clips: Path, vit_run: Path) -> None:
+    view = ClassifyStage.view(stage_settings(vit_run))
+    assert view.func is random_clip  # type: ignore[attr-defined]
+    source = open_clips(str(clips)).train
+    first, again, other = (Stream(source, view, seed)[3]["image"] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
