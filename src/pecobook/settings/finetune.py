@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pecobook.settings.images import ClipConfig, NormalisationConfig
 from pecobook.settings.training import CropTrainConfig, OptimConfig, ResidualConfig, StartConfig
 from pecobook.settings.values import below_one, between, not_negative, positive, refuse, settings_class
