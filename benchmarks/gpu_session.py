@@ -181,7 +181,7 @@ def main() -> None:
             continue
         left = 60 * arguments.minutes - (time.monotonic() - start)
         began = time.monotonic()
-        verdict = f"left out: {left:.0f} s are left"
+        verdict = f"left out: {max(left, 0):.0f} s are left"
         if left >= part.least:
             verdict = run(part.name, words, out, min(part.most * (4 if arguments.toy else 1), left), toy=arguments.toy)
         row = {"part": part.name, "verdict": verdict, "seconds": round(time.monotonic() - began, 1), "words": words}

@@ -179,6 +179,8 @@ def test_train__compiled_in_two_processes_equals_uncompiled(
 
 def compiled_on_each(rank: int, world_size: int, data: str, out: str, more: dict[str, Any]) -> int:
     """Train with graphs that the backend runs uncompiled, which takes seconds; return the number of graphs."""
+    counters.clear()  # of an earlier test in this process
+    torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         compile_module = torch.nn.Module.compile
         patch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
