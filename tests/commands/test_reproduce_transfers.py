@@ -22,6 +22,7 @@ from pecobook.recipes import recipe
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
+from tests.clips import write_moving
 from tests.commands.test_reproduce import InThisProcess, small_budget
 from tests.commands.test_reproduce_plan import make_plan
 from tests.runs import SMALL, objects, shapes
@@ -216,3 +217,27 @@ def test_reproduce__refuses_masks_that_do_not_exist_before_training(
         cli.main([*words, "--out", str(tmp_path / "r")])
     assert "--segmentation-data" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_plan__table9_trains_classifiers_of_clips(images: Path, tmp_path: Path) -> None:
+    clips = write_moving(tmp_path / "clips", train=5)
+    plan = make_plan(images, "table9", budget="paper", kinetics=str(clips), ssv2=str(clips), dalle="weights")
+    peco, deit = plan.jobs["ssv2-perceptual@800-0"], plan.jobs["ssv2-deit-0"]
+    assert (peco.command, peco.config.data) == ("finetune", str(clips))
+    assert peco.config.backbone == plan.jobs["vit-perceptual@800-0"].config.out
+    assert deit.config.backbone == plan.jobs["classifier-deit-0"].config.out
+    assert (deit.config.optim.lr, deit.config.head_rate, peco.config.optim.lr) == (1e-4, 10, 1.2e-3)
+    for job in (peco, deit):
+        assert (job.config.clip.sampling, job.config.clip.flip) == ("segments", False)
+        assert "--clip.no-flip" in job.words or "paper-video-ssv2" in job.words
+        assert cli.parse(recipe(*job.words[:2]), list(job.words[2:]), "finetune").clip == job.config.clip
+        assert int(job.config.max_steps) == 2  # 15 epochs of 10 clips, not of --data
+    assert plan.jobs["kinetics-deit-0"].config.clip == recipe("finetune", "paper-video").clip
+    only = make_plan(images, "table9", kinetics=str(clips))
+    assert "kinetics-perceptual@800-0" in only.jobs
+    assert not any(name.startswith("ssv2") for name in only.jobs)
+    assert only.unmeasured(TABLES["table9"].figures) == [
+        "Not measured: Something-Something v2, % (needs --ssv2 FOLDER)."
+    ]
+    with pytest.raises(DataError, match="--kinetics 'nowhere' is no folder"):
+        make_plan(images, "table9", kinetics="nowhere")
