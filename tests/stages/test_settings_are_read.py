@@ -64,6 +64,11 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
 for _command in ("contrast", "codebook", "pretrain", "finetune", "segment"):
     EXCEPTIONS[_command]["compile-mode"] = "read with --compile, which these short trainings leave out"
 
+EXCEPTIONS["finetune"] |= dict.fromkeys(
+    [f"clip.{name}" for name in ("sampling", "stride", "flip", "crops")],
+    "read with --clip.frames, which tests/stages/test_clips.py and tests/data/test_clips.py test",
+)
+
 
 @contextlib.contextmanager
 def recording(config_type: type) -> Iterator[Reads]:
