@@ -261,8 +261,6 @@ class OptimKeywords(BaseOptimKeywords, total=False):
 
 
 class ClipKeywords(TypedDict, total=False):
-    """As ClipConfig."""
-
     frames: int
     sampling: Literal["stride", "segments"]
     stride: int

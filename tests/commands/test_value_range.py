@@ -96,13 +96,14 @@ def test_a_token_bank_of_another_range_is_refused(run: Path, deep: Path, tmp_pat
         train("pretrain", deep, tmp_path / "no", tokens=str(other), **settings)
 
 
-def test_a_run_from_before_the_setting_is_resumed(images: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_its_range_alone(images: Path, tmp_path: Path) -> None:
     out = train("codebook", images, tmp_path / "run", max_steps="2", save_every=1)
     assert setting(out) == ["auto"]  # all images have 8 bits
-    file = out / "config.json"
-    settings = json.loads(file.read_text())
-    del settings["value_range"]
-    file.write_text(json.dumps(settings))
-    train("codebook", images, out, max_steps="2", resume=True)
     with pytest.raises(PreflightError, match="value-range"):
         train("codebook", images, out, max_steps="2", resume=True, value_range=(0, 9))
+    file = out / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["value_range"]  # every run since 0.1.0 has it
+    file.write_text(json.dumps(settings))
+    with pytest.raises(PreflightError, match=r"of a version before 0\.1\.0"):
+        train("codebook", images, out, max_steps="2", resume=True)

@@ -42,15 +42,6 @@ def pictures(height: int = 24, width: int = 16) -> Tensor:
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def test_rebuild__a_tokenizer_from_before_group_size_keeps_its_32_groups() -> None:
-    settings = make().settings()
-    assert PerceptualTokenizer.rebuild(settings).config.model.group_size == 16
-    del settings["model"]["group_size"]
-    old = PerceptualTokenizer.rebuild(settings)
-    assert old.config.model.group_size == 0
-    assert next(m.num_groups for m in old.modules() if isinstance(m, torch.nn.GroupNorm)) == 8  # of 8 channels
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with an export."""
@@ -183,7 +174,12 @@ def test_from_pretrained__refuses_another_kind(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_codewords": 33}, {"num_codewords": "many"}, {"colour": "red"}, {"model": {"channels": [8, 16]}}],
+    [
+        {"num_codewords": 33},
+        {"num_codewords": "many"},
+        {"colour": "red"},
+        {"model": {"channels": [8, 16], "group_size": 16}},
+    ],
     ids=["other size", "wrong type", "unknown", "other shape"],
 )
 def test_from_pretrained__refuses_settings_that_do_not_fit(run: Path, changes: dict[str, Any]) -> None:

@@ -168,9 +168,10 @@ def _gather(listings: Sequence[Iterable[bytes]], root: bytes) -> tuple[bytes, An
     names = pa.chunked_array(gathered, pa.large_binary()).combine_chunks()
     del gathered
     names = names.take(pc.array_sort_indices(names))
-    is_first = np.ones(len(names), bool)
-    is_first[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
-    return root, names if is_first.all() else names.take(arrow_integers(np.flatnonzero(is_first)))
+    again = pc.equal(names[1:], names[:-1])
+    if pc.any(again).as_py():
+        names = names.filter(pc.invert(pa.concat_arrays([pa.array([False]), again])))
+    return root, names
 
 
 def _spread(count: int) -> list[int]:

@@ -35,7 +35,8 @@ from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import show
 
-_STAGES: dict[str, type[Stage[Any]]] = {"segment": SegmentStage, "detect": DetectStage}
+_STAGES: dict[str, type[Stage[Any]]] = {"finetune": ClassifyStage, "segment": SegmentStage, "detect": DetectStage}
+"""The stages that open a source in a way of their own."""
 _READS_AS = {"images": "finetune", "probe": "finetune", "embed": "pretrain", "tokenize": "pretrain"}
 """A training command that reads images as another command does."""
 _TEXT_FILES = ("extension .json", "extension .xml", "extension .txt")
@@ -60,7 +61,7 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
     splits, problems = _open(task, config)
     found: Survey | None = None
     if splits is not None:
-        found = survey(splits, labels=task in (*_STAGES, "finetune", "probe", "images"), workers=config.workers)
+        found = survey(splits, labels=task in (*_STAGES, "probe", "images"), workers=config.workers)
         problems += found.problems
         if config.task == "auto" and task == "images":
             found.lines.extend(("note", note) for note in _unread_annotations(config.data, left_out_of(splits)))
@@ -81,7 +82,7 @@ def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
     for changes in ({}, *_LENIENT.get(task, ())):
         try:
             settings = _command_settings(task, config, changes)
-            splits = _STAGES.get(task, ClassifyStage).open(settings)
+            splits = _STAGES.get(_READS_AS.get(task, task), Stage).open(settings)
             if task in ("finetune", "probe"):
                 check_labels(splits, settings.data)
         except PecobookError as error:
