@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu_session
 from benchmarks.gpu_session import Part, parts
@@ -93,3 +94,27 @@ def test_parts__have_names_of_their_own_and_rows_that_exist(tmp_path: Path) -> N
         for words in (part.words, part.toy):
             if words and words[0] in rows:
                 assert set(words[words.index("--rows") + 1 :]) <= rows[words[0]], part.name
+
+
+def test_micro__multiplies_in_fp8() -> None:
+    from benchmarks.micro import fp8_product, to_fp8
+
+    torch.manual_seed(0)
+    a, b = 30 * torch.randn(32, 64).bfloat16(), torch.randn(48, 64).bfloat16() / 50
+    product, exact = fp8_product(*to_fp8(a), *to_fp8(b)).double(), a.double() @ b.double().t()
+
+    assert product.shape == (32, 48)
+    assert (product - exact).norm() / exact.norm() < 0.05  # e4m3 has 3 bits after the point
+
+
+def test_micro__names_what_a_cpu_leaves_out() -> None:
+    from benchmarks.micro import products, uploads
+
+    cpu = torch.device("cpu")
+    left_out = {
+        row.name: row.unit for part in (products(cpu, 512), uploads(cpu, 8)) for row in part if row.call is None
+    }
+    assert left_out == {
+        "products in FP8": "a GPU with FP8 (compute capability 8.9)",
+        "uploads on a stream of their own": "a GPU",
+    }
