@@ -4,6 +4,7 @@ images.py                           opens a source of any form: folders.py, tabl
 names.py                            what the names of files and folders say: splits, images, masks
 layout.py, parts.py                 from folders and columns of labels to splits with classes
 source.py                           `Store` reads rows, `ImageSource` is one split, `Splits` are both
+mapped.py                           large columns of these in files that are mapped into memory
 decode.py, formats.py, deep.py      from bytes to pixels; value_range.py for more than 8 bits
 views.py, masking.py                from pixels to views and masks, by a key
 sampler.py                          the order of images and the keys, without state

@@ -22,6 +22,7 @@ import numpy as np
 
 from pecobook.data.decode import read_file
 from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
+from pecobook.data.mapped import mapped
 from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
 from pecobook.data.parts import Contents
 from pecobook.data.source import Integers, Note, Store, arrow_binary, arrow_integers
@@ -48,7 +49,7 @@ class FileStore(Store):
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
         self._prefix = os.fsencode(root / "x")[:-1]
-        self._paths = paths  # Arrow's binary values, because names may not be UTF-8
+        self._paths = mapped(paths)  # Arrow's binary values, because names may not be UTF-8
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -56,6 +56,8 @@ def open_images(source: str) -> Splits:
 
         return open_photos()
     splits = assemble(source, _open(source))
+    for part in (splits.train, splits.evaluation):
+        part.map()
     release_memory()
     return splits
 
@@ -106,7 +108,7 @@ def open_all_splits(source: str) -> list[ImageSource]:
 
 def _whole(source: str, split: str, part: Part) -> ImageSource:
     classes, labels = (part.labels.names, part.labels.codes) if part.labels else (None, None)
-    return ImageSource(part.store, name=source, split=split, rows=part.rows, classes=classes, labels=labels)
+    return ImageSource(part.store, name=source, split=split, rows=part.rows, classes=classes, labels=labels).map()
 
 
 def say_left_out(source: str, left_out: Mapping[str, int]) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
+from pecobook.data.mapped import mapped
 from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, distinct_values, encode_labels, first_and_count
 from pecobook.data.remote import RemotePath
@@ -49,10 +50,10 @@ class ShardStore(Store):
 
     def __init__(self, shards: list[Path], index: Any) -> None:
         self._shards = shards
-        self._members = index.column("member").combine_chunks()
-        self._shard = index.column("shard").to_numpy()
-        self._offset = index.column("offset").to_numpy()
-        self._size = index.column("size").to_numpy()
+        self._members = mapped(index.column("member").combine_chunks())
+        self._shard, self._offset, self._size = (
+            mapped(index.column(name).to_numpy()) for name in ("shard", "offset", "size")
+        )
         # shard -> file descriptor; pread uses no file position, so forked processes may share the descriptor
         self._open: dict[int, int] = {}
 

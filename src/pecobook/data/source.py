@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, decode, read_file
 from pecobook.data.deep import FULL_16_BITS, ValueRange
+from pecobook.data.mapped import mapped
 from pecobook.data.remote import RemotePath, is_remote
 from pecobook.data.sampler import splitmix64_array
 from pecobook.errors import DataError
@@ -171,6 +172,12 @@ class ImageSource:
         part._rows = _compact(chosen, len(self._store)) if self._rows is None else self._rows[chosen]
         part.labels = None if self.labels is None else self.labels[chosen]
         return part
+
+    def map(self) -> Self:
+        """Put the numbers of rows and the labels of a large source into mapped files, and return the source."""
+        self._rows = None if self._rows is None else mapped(self._rows)
+        self.labels = None if self.labels is None else mapped(self.labels)
+        return self
 
     @property
     def unit(self) -> str:

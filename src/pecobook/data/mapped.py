@@ -1,0 +1,109 @@
+"""Puts the large columns of a source, names and integers, into files that are mapped into memory.
+
+The pages of such a file belong to the system, which drops those that are not used and reads them again; forked
+processes share them. What a process holds for itself then does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+
+from pecobook.data.remote_cache import cache_folder
+from pecobook.errors import first_line
+from pecobook.utils.printer import say
+
+LEAST_BYTES = 2**24
+"""Bytes from which on a column is mapped."""
+_MOUNTS = Path("/proc/self/mountinfo")
+
+T = TypeVar("T")
+
+_is_said = False
+
+
+def mapped(column: T) -> T:
+    """Return a column whose memory is a file without a name, which goes with the last process that maps it.
+
+    A column below 16 MiB, and one for which the cache has no room, is returned as it is.
+
+    Args:
+        column: a NumPy array, or an Arrow array, in one part or several.
+
+    Returns:
+        the same values, not to be written. Pickled, it holds the values.
+    """
+    if column.nbytes < LEAST_BYTES:  # type: ignore[attr-defined]
+        return column
+    folder = cache_folder("columns")
+    try:
+        found: T = (_of_array if isinstance(column, np.ndarray) else _of_arrow)(column, folder)
+    except OSError as error:
+        _say_not_mapped(folder, error.strerror or first_line(error))
+        return column
+    return found
+
+
+def _of_array(array: Any, folder: Path) -> Any:
+    whole = np.ascontiguousarray(array)
+    memory = _file(folder, array.nbytes, lambda file: file.write(whole.data))
+    return np.frombuffer(memory, array.dtype).reshape(array.shape)
+
+
+def _of_arrow(column: Any, folder: Path) -> Any:
+    import pyarrow as pa
+
+    table = pa.Table.from_arrays([column], names=["column"])
+
+    def write(file: IO[bytes]) -> None:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+
+    memory = _file(folder, column.nbytes, write)
+    found = pa.ipc.open_file(pa.py_buffer(memory)).read_all().column(0)
+    return found if isinstance(column, pa.ChunkedArray) else found.chunk(0)
+
+
+def _file(folder: Path, size: int, write: Callable[[IO[bytes]], object]) -> mmap.mmap:
+    """Return the memory of a file that `write` has filled. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if _is_memory(folder):
+        raise OSError("it lies in memory")
+    if size > shutil.disk_usage(folder).free // 2:
+        raise OSError("its disk has little room")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())  # which also raises what a full disk on the network answers late
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _is_memory(folder: Path) -> bool:
+    """Return whether the files of a folder are held in memory."""
+    device = folder.stat().st_dev
+    with contextlib.suppress(OSError):  # not Linux
+        for line in os.fsdecode(_MOUNTS.read_bytes()).splitlines():
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                return kind.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def _say_not_mapped(folder: Path, reason: str) -> None:
+    """Say once, in the first process, that columns stay in memory."""
+    global _is_said
+    if not _is_said and parent_process() is None:
+        say(
+            "Warning: the names and labels of the images stay in the memory of each process, because the cache "
+            f"'{folder}' cannot take them ({reason}). PECOBOOK_CACHE names another place."
+        )
+    _is_said = True
