@@ -17,6 +17,7 @@ from pecobook import read_clip
 from pecobook.data import clips as module
 from pecobook.data.clips import central_crops, frame_numbers, open_clips, random_clip, read_video
 from pecobook.data.decode import BadImage
+from pecobook.data.images import open_images
 from pecobook.data.record import take
 from pecobook.data.summary import describe
 from pecobook.data.views import random_crop
@@ -237,9 +238,7 @@ def test_read_video__is_upright(matrix: tuple[int, ...], turns: int, tmp_path: P
     plain = read_video(tmp_path / "x.mp4", lambda _: [0])
     a, b, c, d = (number * 65536 for number in matrix)  # of the track's header: x' = a x + c y, y' = b x + d y
     data = (tmp_path / "x.mp4").read_bytes()
-    old, new = (
-        struct.pack(">9i", *first, 0, 0, 1 << 30) for first in ((65536, 0, 0, 0, 65536, 0), (a, b, 0, c, d, 0))
-    )
+    old, new = (struct.pack(">9i", *first, 0, 0, 1 << 30) for first in ((65536, 0, 0, 0, 65536, 0), (a, b, 0, c, d, 0)))
     place = data.index(old, data.index(b"tkhd"))
     (tmp_path / "x.mp4").write_bytes(data[:place] + new + data[place + len(old) :])
     assert torch.equal(read_video(tmp_path / "x.mp4", lambda _: [0]), plain.rot90(turns, (2, 3)))
@@ -254,6 +253,19 @@ def test_open_clips__videos_and_what_is_left_out(tmp_path: Path) -> None:
     assert splits.train.read(0).shape == (3, 16, 16)
     assert splits.train.file(0) is None
     assert take(splits).names[0].as_py() == b"train/approaching/clip0.mp4"
+
+
+def test_open_clips__reads_the_kind_of_which_there_are_more(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    frames = write_moving(tmp_path / "frames", train=2, held_out=1)
+    videos = write_moving(tmp_path / "videos", train=2, held_out=1, video=True)
+    shutil.copy(videos / "train" / "receding" / "clip0.mp4", frames / "train" / "receding" / "stray.mp4")
+    shutil.copy(frames / "train" / "receding" / "clip0" / "0.png", videos / "train" / "receding" / "clip0.png")
+    for root, left_out in ((frames, {"extension .mp4": 1}), (videos, {"extension .png": 1})):
+        splits = open_clips(str(root))
+        assert (len(splits.train), len(splits.evaluation), splits.left_out) == (4, 2, left_out)
+    with pytest.raises(DataError, match=r"extension .mp4\); pecobook finetune --clip.frames 8 reads videos"):
+        open_images(str(videos / "val"))
 
 
 def test_open_clips__without_pyav_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def open_clips(data: str) -> Splits:
 
 
 def list_clips(root: Path, kind: type[ClipStore] = ClipStore) -> tuple[ClipStore, list[tuple[str, ...]], Any]:
-    """List the clips of a folder: videos, or, where there are none, folders with images.
+    """List the clips of a folder: videos, or folders with images where there are more of these.
 
     Args:
         root: the folder, or a video.
@@ -178,11 +178,12 @@ def list_clips(root: Path, kind: type[ClipStore] = ClipStore) -> tuple[ClipStore
         require("video", f"The video '{root}'")
         return kind(root.parent, arrow_binary([os.fsencode(root.name)])), [()], {}
     videos = _listed(root, VIDEO_EXTENSIONS)
-    if videos.chunks:
+    others = not videos.chunks or any(f"extension .{name}" in videos.left_out for name in IMAGE_EXTENSIONS)
+    images = _listed(root, IMAGE_EXTENSIONS) if others else Listing()
+    if len(videos.group_of) >= max(len(images.groups), 1):
         require("video", f"'{root}', a folder of videos,")
         groups = [videos.groups[number] for number in videos.group_of]
         return kind(root, pa.chunked_array(videos.chunks)), groups, videos.left_out
-    images = _listed(root, IMAGE_EXTENSIONS)
     if not images.chunks:
         raise DataError(
             f"--data '{root}': neither this folder nor its subfolders hold a clip, which is a video "
