@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from pecobook import read_clip
 from pecobook.data import clips as module
 from pecobook.data.clips import central_crops, frame_numbers, open_clips, random_clip, read_video
 from pecobook.data.decode import BadImage
+from pecobook.data.images import open_images
 from pecobook.data.record import take
 from pecobook.data.summary import describe
 from pecobook.data.views import random_crop
@@ -184,6 +187,63 @@ def test_read_video__damaged_files_are_bad_images(tmp_path: Path) -> None:
         read_video(tmp_path / "nothing.mp4", lambda _: [0])
 
 
+def remux(file: Path, *sources: Path, last: int = 1, seconds_of_sound: int = 0) -> Path:
+    """Write the packets of the sources one after the other; the last one of all is shown `last` times as long."""
+    av = pytest.importorskip("av")
+    with contextlib.ExitStack() as stack:
+        inputs = [stack.enter_context(av.open(str(source))) for source in sources]
+        out = stack.enter_context(av.open(str(file), "w"))
+        stream = out.add_stream_from_template(inputs[0].streams.video[0])
+        sound = out.add_stream("aac", rate=8000) if seconds_of_sound else None
+        packets = [[packet for packet in each.demux(each.streams.video[0]) if packet.size] for each in inputs]
+        packets[-1][-1].duration *= last
+        for number, group in enumerate(packets):
+            for packet in group:
+                packet.pts = packet.dts = packet.pts + number * (packets[0][-1].pts + packets[0][0].duration)
+                packet.stream = stream
+                out.mux(packet)
+        for second in range(seconds_of_sound):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+            frame.rate, frame.pts = 8000, second * 8000
+            out.mux(sound.encode(frame))
+        if sound:
+            out.mux(sound.encode(None))
+    return file
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
+def test_read_video__a_slide_at_the_end_stands_for_many_frames(name: str, tmp_path: Path) -> None:
+    video(tmp_path / "y.mp4", 20)
+    file = remux(tmp_path / name, tmp_path / "y.mp4", last=100)
+    assert greys(read_video(file, lambda count: [0, 4 * count // 5, count - 1])) == [0, 19, 19]
+
+
+def test_read_video__sound_that_is_longer_adds_no_frames(tmp_path: Path) -> None:
+    video(tmp_path / "y.mp4", 20)
+    file = remux(tmp_path / "x.mkv", tmp_path / "y.mp4", seconds_of_sound=4)
+    assert greys(read_video(file, lambda count: [count - 1])) == [19]
+
+
+def test_read_video__frames_of_two_sizes_are_a_bad_image(tmp_path: Path) -> None:
+    video(tmp_path / "a.mkv", 12, codec="mpeg2video")  # whose packets hold their sizes
+    write_video(tmp_path / "b.mkv", np.zeros((12, 48, 64, 3), np.uint8), codec="mpeg2video")
+    file = remux(tmp_path / "x.mkv", tmp_path / "a.mkv", tmp_path / "b.mkv")
+    with pytest.raises(BadImage, match=r"x.mkv.*its frames differ in size"):
+        read_video(file, lambda count: [0, count - 1])
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_read_video__is_upright(matrix: tuple[int, ...], turns: int, tmp_path: Path) -> None:
+    write_video(tmp_path / "x.mp4", np.pad(np.full((3, 16, 24, 3), 250, np.uint8), ((0, 0), (0, 16), (0, 24), (0, 0))))
+    plain = read_video(tmp_path / "x.mp4", lambda _: [0])
+    a, b, c, d = (number * 65536 for number in matrix)  # of the track's header: x' = a x + c y, y' = b x + d y
+    data = (tmp_path / "x.mp4").read_bytes()
+    old, new = (struct.pack(">9i", *first, 0, 0, 1 << 30) for first in ((65536, 0, 0, 0, 65536, 0), (a, b, 0, c, d, 0)))
+    place = data.index(old, data.index(b"tkhd"))
+    (tmp_path / "x.mp4").write_bytes(data[:place] + new + data[place + len(old) :])
+    assert torch.equal(read_video(tmp_path / "x.mp4", lambda _: [0]), plain.rot90(turns, (2, 3)))
+
+
 def test_open_clips__videos_and_what_is_left_out(tmp_path: Path) -> None:
     pytest.importorskip("av")
     root = write_moving(tmp_path / "clips", train=2, held_out=1, video=True)
@@ -193,6 +253,19 @@ def test_open_clips__videos_and_what_is_left_out(tmp_path: Path) -> None:
     assert splits.train.read(0).shape == (3, 16, 16)
     assert splits.train.file(0) is None
     assert take(splits).names[0].as_py() == b"train/approaching/clip0.mp4"
+
+
+def test_open_clips__reads_the_kind_of_which_there_are_more(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    frames = write_moving(tmp_path / "frames", train=2, held_out=1)
+    videos = write_moving(tmp_path / "videos", train=2, held_out=1, video=True)
+    shutil.copy(videos / "train" / "receding" / "clip0.mp4", frames / "train" / "receding" / "stray.mp4")
+    shutil.copy(frames / "train" / "receding" / "clip0" / "0.png", videos / "train" / "receding" / "clip0.png")
+    for root, left_out in ((frames, {"extension .mp4": 1}), (videos, {"extension .png": 1})):
+        splits = open_clips(str(root))
+        assert (len(splits.train), len(splits.evaluation), splits.left_out) == (4, 2, left_out)
+    with pytest.raises(DataError, match=r"extension .mp4\); pecobook finetune --clip.frames 8 reads videos"):
+        open_images(str(videos / "val"))
 
 
 def test_open_clips__without_pyav_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

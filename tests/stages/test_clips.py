@@ -45,7 +45,7 @@ def clip_run(clips: Path, vit_run: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def accuracy(data: Path, vit: Path, out: Path) -> float:
-    settings = {**CLIPS, "optim.lr": 1e-2, "optim.layer_decay": 1.0, "max_steps": "250", "batch_size": 32}
+    settings = {**CLIPS, "optim.lr": 1e-2, "optim.layer_decay": 1.0, "max_steps": "400", "batch_size": 32}
     return float(
         logged(train("finetune", data, out, backbone=str(vit), log_every=50, **settings))[-1]["evaluation/top1"]
     )
@@ -153,6 +153,10 @@ def test_check__reads_clips(clips: Path) -> None:
     assert report["ok"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cli.main(["check", "finetune", "--data", str(clips), "--clip.frames", "4"])
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert check(data=str(clips), clip={"frames": 4})["task"] == "finetune"
+    with pytest.raises(ConfigError, match=r"--clip.frames is a setting of finetune, not of pretrain\."):
+        check(task="pretrain", data=str(clips), clip={"frames": 4})
 
 
 def test_clip_run__other_commands_refuse_it_by_name(clips: Path, clip_run: Path, images: Path, tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ def test_finetune__networks_that_cannot_read_clips_are_refused() -> None:
     config: FinetuneConfig = replace(
         recipe("finetune", "tiny"), {**CLIPS, "backbone": "timm:resnet10t", "weights": "random"}
     )
-    with pytest.raises(WeightsError, match=r"'resnet10t' cannot read clips: .*Choose a ViT or a BEiT"):
+    with pytest.raises(WeightsError, match=r"'resnet10t' cannot read clips: it is no transformer of patches"):
         load_for_classification(replace(config, {"drop_path": 0.0}))
 
 

@@ -10,6 +10,7 @@ a clip share the crop, the flip and the operations of RandAugment.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -111,9 +112,7 @@ class ClipStore(FileStore):
                 )
                 for path in dict.fromkeys(chosen)
             }
-            if len({image.shape for image in decoded.values()}) > 1:
-                raise BadImage(name, "its frames differ in size")
-            return torch.stack([decoded[path] for path in chosen])
+            return _stacked(name, [decoded[path] for path in chosen])
 
         return read
 
@@ -160,7 +159,7 @@ def open_clips(data: str) -> Splits:
 
 
 def list_clips(root: Path, kind: type[ClipStore] = ClipStore) -> tuple[ClipStore, list[tuple[str, ...]], Any]:
-    """List the clips of a folder: videos, or, where there are none, folders with images.
+    """List the clips of a folder: videos, or folders with images where there are more of these.
 
     Args:
         root: the folder, or a video.
@@ -179,11 +178,12 @@ def list_clips(root: Path, kind: type[ClipStore] = ClipStore) -> tuple[ClipStore
         require("video", f"The video '{root}'")
         return kind(root.parent, arrow_binary([os.fsencode(root.name)])), [()], {}
     videos = _listed(root, VIDEO_EXTENSIONS)
-    if videos.chunks:
+    others = not videos.chunks or any(f"extension .{name}" in videos.left_out for name in IMAGE_EXTENSIONS)
+    images = _listed(root, IMAGE_EXTENSIONS) if others else Listing()
+    if len(videos.group_of) >= max(len(images.groups), 1):
         require("video", f"'{root}', a folder of videos,")
         groups = [videos.groups[number] for number in videos.group_of]
         return kind(root, pa.chunked_array(videos.chunks)), groups, videos.left_out
-    images = _listed(root, IMAGE_EXTENSIONS)
     if not images.chunks:
         raise DataError(
             f"--data '{root}': neither this folder nor its subfolders hold a clip, which is a video "
@@ -251,45 +251,56 @@ def read_video(path: Path, choose: Choice) -> Tensor:
                 raise BadImage(name, f"more than {max_pixels():,} pixels a frame")
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             count = stream.frames or _estimated_frames(container, stream, rate)
-            return torch.stack(list(_frames_at(container, stream, choose(count), count, rate)))
+            return _stacked(name, list(_frames_at(container, stream, choose(count), count, rate)))
     except BadImage as error:
         raise BadImage(name, error.reason) from None
     except (av.error.FFmpegError, OSError, ValueError, ArithmeticError) as error:
         raise BadImage(name, getattr(error, "strerror", None) or first_line(error)) from error
 
 
+def _stacked(name: str, frames: list[Tensor]) -> Tensor:
+    if len({frame.shape for frame in frames}) > 1:
+        raise BadImage(name, "its frames differ in size")
+    return torch.stack(frames)
+
+
 def _estimated_frames(container: Any, stream: Any, rate: Fraction) -> int:
-    """Return the number of frames by the duration in the header, or else by counting packets; at least 1."""
+    """Return the number of frames by the duration in the header, or else by that of the packets; at least 1."""
     if stream.duration is not None:
-        return max(round(float(stream.duration * stream.time_base * rate)), 1)
-    if container.duration is not None:
-        return max(round(float(container.duration * rate / 1_000_000)), 1)
-    count = sum(1 for packet in container.demux(stream) if packet.size)
-    container.seek(0)
-    return max(count, 1)
+        seconds = stream.duration * stream.time_base
+    elif container.duration is not None and len(container.streams) == 1:  # else it may be the duration of the sound
+        seconds = Fraction(container.duration, 1_000_000)
+    else:
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        container.seek(0)
+        ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None]
+        seconds = (max(ends) - (stream.start_time or 0)) * stream.time_base if ends else len(packets) / rate
+    return max(round(float(seconds * rate)), 1)
 
 
 def _frames_at(container: Any, stream: Any, numbers: Sequence[int], count: int, rate: Fraction) -> Iterator[Tensor]:
     """Yield the frames of ascending numbers, of `count`. Raises BadImage where the video ends long before."""
     first, step = stream.start_time or 0, 1 / (rate * stream.time_base)  # in units of the time stamps
-    decoded, place, pixels = container.decode(stream), -1, None
+    decoded, place, shown, pixels = container.decode(stream), -1, 0, None
     for number in numbers:
         if number - place > _FORWARD:
             decoded = _decoded_from(container, stream, first + int(number * step))
             frame = next(decoded, None)
-            if frame is None or frame.pts is None or round((frame.pts - first) / step) > number:
-                decoded = _decoded_from(container, stream, first)  # the file has no index that helps
-            elif round((frame.pts - first) / step) == number:
-                place, pixels = number, _pixels(frame)
+            if frame is not None and frame.pts is not None and round((frame.pts - first) / step) <= number:
+                decoded = itertools.chain((frame,), decoded)
+            else:  # the file has no index that helps
+                decoded = _decoded_from(container, stream, first)
+            place = -1
         while place < number:
             frame = next(decoded, None)
             if frame is None:
                 break
             place = place + 1 if frame.pts is None else round((frame.pts - first) / step)
+            shown = round((getattr(frame, "duration", 0) or 0) / step)  # a slide stands for many frames
             pixels = _pixels(frame) if place >= number else frame
         if isinstance(pixels, Tensor) and place >= number:
             yield pixels
-        elif pixels is not None and number - place <= max(_MISSING * count, 2):
+        elif pixels is not None and number - place <= max(_MISSING * count, shown, 2):
             pixels = pixels if isinstance(pixels, Tensor) else _pixels(pixels)
             yield pixels
         else:

@@ -23,7 +23,7 @@ import numpy as np
 from pecobook.data.decode import read_file
 from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
 from pecobook.data.mapped import mapped
-from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
+from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, VIDEO_EXTENSIONS, masks_among
 from pecobook.data.parts import Contents
 from pecobook.data.source import Integers, Note, Store, arrow_binary, arrow_integers
 from pecobook.errors import DataError, some_of
@@ -37,6 +37,9 @@ _REMEDIES = {
     "broken link": "; the links lead to nothing on this machine",
     **dict.fromkeys(
         (f"extension .{name}" for name in ("zip", "gz", "tgz", "bz2", "xz", "7z", "rar", "zst")), "; unpack them"
+    ),
+    **dict.fromkeys(
+        (f"extension .{name}" for name in VIDEO_EXTENSIONS), "; pecobook finetune --clip.frames 8 reads videos"
     ),
 }
 """Reason why files are left out -> what to do if there is nothing else."""

@@ -128,11 +128,13 @@ class ClipNetwork(nn.Module):
         frames: T, the frames of a clip.
 
     Raises:
-        WeightsError, AttributeError: the network has other blocks.
+        WeightsError, AttributeError: the network is none of timm's ViTs and BEiTs, or has other blocks.
     """
 
     def __init__(self, network: Any, frames: int) -> None:
         super().__init__()
+        if not hasattr(network, "num_prefix_tokens"):
+            raise WeightsError("it is no transformer of patches. Choose a ViT or a BEiT.")
         self.frames, self.prefix = frames, int(network.num_prefix_tokens)
         patches = network.patch_embed
         for number, block in enumerate(list(network.blocks)):

@@ -53,6 +53,8 @@ class CheckConfig(ImagesConfig):
         between(self, -1, MAX_WORKERS, "workers")
         if self.out and not self.out.lower().endswith(".png"):
             refuse("out", f"names the contact sheet, a .png file, not '{self.out}'.")
+        if self.clip.frames and self.task not in ("auto", "finetune"):
+            refuse("clip.frames", f"is a setting of finetune, not of {self.task}.")
         if self.recipe and self.task in ("auto", "probe", "embed"):
             other = "" if self.task == "auto" else f"; '{self.task}' has no recipes"
             refuse("recipe", f"needs the command that it belongs to: pecobook check COMMAND {self.recipe} ...{other}")
