@@ -203,6 +203,7 @@ def remux(file: Path, *sources: Path, last: int = 1, seconds_of_sound: int = 0) 
                 packet.stream = stream
                 out.mux(packet)
         for second in range(seconds_of_sound):
+            assert sound is not None
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
             frame.rate, frame.pts = 8000, second * 8000
             out.mux(sound.encode(frame))

@@ -179,7 +179,7 @@ def test_forward__stores_no_more_for_more_micro_batches(settings: dict[str, Any]
     for seed in range(30):
         z = latents(50, 4, 4, seed) + 9 * (seed > 3)  # 800 vectors, 50 times as many as codewords; most die in step 4
         whole(z)
-        for micro_batch in z.split(3):
+        for micro_batch in torch.split(z, 3):
             parts(micro_batch)
             assert parts._pending is not None
             if seed > 0:  # k-means needs those of its step
