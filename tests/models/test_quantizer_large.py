@@ -171,21 +171,3 @@ def test_distinct_codewords__of_a_large_codebook_is_estimated_from_a_sample() ->
     share = (usage.view(100, 300).sum(0) / usage.sum()).double()
     exact = math.exp(-float((share * share.log()).sum()))
     assert distinct_codewords(copies, usage) == pytest.approx(exact, rel=0.02)
-
-
-@pytest.mark.parametrize("settings", [{}, {"normalise": True}, {"kind": "gradient"}])
-def test_forward__stores_no_more_for_more_micro_batches(settings: dict[str, Any]) -> None:
-    whole, parts = (VectorQuantizer(16, 4, revive_after=3, **settings) for _ in range(2))
-    for seed in range(30):
-        z = latents(50, 4, 4, seed) + 9 * (seed > 3)  # 800 vectors, 50 times as many as codewords; most die in step 4
-        whole(z)
-        for micro_batch in torch.split(z, 3):
-            parts(micro_batch)
-            assert parts._pending is not None
-            if seed > 0:  # k-means needs those of its step
-                assert len(parts._pending[0]) <= 48
-                assert parts._folded is None or len(parts._folded.sample) <= 2 * 16
-        whole.update()
-        parts.update()
-    assert whole.num_revived > 0
-    assert_same(state_of(whole), state_of(parts))

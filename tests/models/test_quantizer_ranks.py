@@ -93,28 +93,6 @@ def test_two_processes__accumulation_changes_only_rounding(two_processes: TwoPro
         assert_close(left[name], whole[name], atol=1e-5, rtol=1e-5)
 
 
-def test_two_processes__many_micro_batches_revive_as_the_whole_batch(two_processes: TwoProcesses) -> None:
-    batches = [
-        latents(16, 4, 4, seed) + 9 * (seed > 3) for seed in range(24)
-    ]  # 256 vectors, 16 times as many codewords
-    left, right = two_processes.run(revive_rank, batches, 8)
-    whole = revive_rank(0, 1, batches, 1)
-    assert_same(left, right)
-    assert whole["num_revived"] > 0
-    for name in whole:
-        assert_close(left[name], whole[name], atol=1e-5, rtol=1e-5)
-
-
-def revive_rank(rank: int, world_size: int, batches: list[Tensor], parts: int) -> State:
-    """The images are dealt to the ranks so that the samples of both are those of the whole batch."""
-    quantizer = VectorQuantizer(16, 4, revive_after=5)
-    for z in batches:
-        for micro_batch in z.chunk(world_size)[rank].chunk(parts):
-            quantizer(micro_batch)
-        quantizer.update()
-    return state_of(quantizer)
-
-
 def test_update__starts_from_all_micro_batches() -> None:
     whole, parts = VectorQuantizer(16, 4), VectorQuantizer(16, 4)
     for seed in range(3):

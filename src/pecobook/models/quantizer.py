@@ -3,11 +3,10 @@
 B batch, D codeword dimension, h w latent grid, N = B h w vectors, K codewords.
 
 The codebook is learned by exponential moving averages (van den Oord et al., arXiv 1711.00937, appendix A.1), PeCo's
-default. In training, every `forward` stores its vectors, those of many micro-batches as counts, sums and a sample;
-`update`, called once in each optimizer step, sums the statistics over all ranks and updates the codebook. So the
-numbers of accumulation steps and ranks change only rounding (and, through the order of the vectors, the initial centres
-of k-means), and the codebook is the same on every rank. Statistics, distances and losses are computed in fp32 under any
-autocast.
+default. In training, every `forward` stores its vectors; `update`, called once in each optimizer step, sums the
+statistics of the stored vectors over all ranks and updates the codebook. So the numbers of accumulation steps and ranks
+change only rounding (and, through the order of the vectors, the initial centres of k-means), and the codebook is the
+same on every rank. Statistics, distances and losses are computed in fp32 under any autocast.
 
 With `kind="gradient"` the codebook is a parameter instead, trained by the middle term of equation 3.
 """
@@ -31,15 +30,6 @@ _KMEANS_ITERATIONS = 10
 _START_VECTORS = 2**18  # number of vectors from which k-means starts a codebook of up to 65,536 codewords, at most
 _TILE = 2**22  # number of elements of the sums that are computed at once; a codebook of 8,192 x 256 has half of it
 _REVIVE_EVERY = 10  # updates between checks for dead codewords: each check costs one synchronisation with the device
-
-
-class _Folded(NamedTuple):
-    """What stays of vectors of earlier micro-batches of a step, in memory that their number does not change."""
-
-    counts: Tensor  # (K,)
-    sums: Tensor  # (K, D)
-    sample: Tensor  # every s-th vector, (n, D)
-    seen: int
 
 
 class Quantized(NamedTuple):
@@ -148,7 +138,6 @@ class VectorQuantizer(Quantizer):
         self._initialised = False  # whether k-means has run
         self._num_start_vectors = 0  # number of vectors that k-means used, in the step that initialises the codebook
         self._pending: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) since the last update
-        self._folded: _Folded | None = None  # what stays of earlier ones
 
     @property
     def starts_now(self) -> bool:
@@ -215,27 +204,26 @@ class VectorQuantizer(Quantizer):
         if self._pending is None:
             return
         vectors, codes = self._pending
-        folded, self._pending, self._folded = self._folded, None, None
+        self._pending = None
         # k-means used only the first of several micro-batches: repeat it with all of them.
         if 0 < self._num_start_vectors < len(vectors):
             self._initialise_codebook(vectors)
             codes = nearest_codeword(vectors, self.codebook, precision=config.precision)
         self._num_start_vectors = 0
         # Counts by index_add, without a one-hot matrix (N, K).
-        counts = torch.zeros_like(self.ema_count) if folded is None else folded.counts
-        counts.index_add_(0, codes, vectors.new_ones(len(codes)))
+        counts = torch.zeros_like(self.ema_count).index_add_(0, codes, vectors.new_ones(len(codes)))
         if world_size() > 1:
             dist.all_reduce(counts)
         self.ema_count.lerp_(counts, 1 - config.decay)
-        self._update_codewords(vectors, codes, counts, None if folded is None else folded.sums)
+        self._update_codewords(vectors, codes, counts)
         self.usage.lerp_(counts, 1 - config.decay)
         for updates in (self.idle, self.unused):
             updates.add_(1).masked_fill_(counts > 0, 0)
         self._next_step()
         if config.revive_after and self._steps % _REVIVE_EVERY == 0:
-            self._revive(self._sample(vectors, folded)[0])
+            self._revive(vectors)
 
-    def _update_codewords(self, vectors: Tensor, codes: Tensor, counts: Tensor, folded: Tensor | None) -> None:
+    def _update_codewords(self, vectors: Tensor, codes: Tensor, counts: Tensor) -> None:
         """Update the sums, and with moving averages the codewords, of some thousand codewords at a time.
 
         So a large codebook needs no temporary copies of all of its (K, D) numbers. The result does not depend on the
@@ -251,8 +239,7 @@ class VectorQuantizer(Quantizer):
             if rows < K:
                 mine = (codes >= start) & (codes < start + rows)
                 inside, place = vectors[mine], codes[mine] - start
-            sums = torch.zeros_like(self.ema_sum[tile]) if folded is None else folded[tile]
-            sums.index_add_(0, place, inside)
+            sums = torch.zeros_like(self.ema_sum[tile]).index_add_(0, place, inside)
             if world_size() > 1:
                 dist.all_reduce(sums)
             self.ema_sum[tile].lerp_(sums, 1 - config.decay)
@@ -273,35 +260,8 @@ class VectorQuantizer(Quantizer):
 
     def _collect(self, vectors: Tensor, codes: Tensor) -> None:
         if self._pending is not None:
-            if len(self._pending[0]) + len(vectors) > self.num_codewords and not self._num_start_vectors:
-                self._fold()
-            else:
-                vectors, codes = torch.cat([self._pending[0], vectors]), torch.cat([self._pending[1], codes])
+            vectors, codes = torch.cat([self._pending[0], vectors]), torch.cat([self._pending[1], codes])
         self._pending = vectors, codes
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def _fold(self) -> None:
-        """Keep counts, sums and a sample of the stored vectors, so that memory does not grow with the micro-batches."""
-        assert self._pending is not None
-        (vectors, codes), folded = self._pending, self._folded
-        counts, sums = (
-            (torch.zeros_like(self.ema_count), torch.zeros_like(self.ema_sum)) if folded is None else folded[:2]
-        )
-        counts.index_add_(0, codes, vectors.new_ones(len(codes)))
-        sums.index_add_(0, codes, vectors)
-        self._folded = _Folded(counts, sums, *self._sample(vectors, folded))
-
-    def _sample(self, vectors: Tensor, folded: _Folded | None) -> tuple[Tensor, int]:
-        """Return every s-th vector of the step so far, at most 2 K of all ranks, and how many this rank has seen.
-
-        s is a power of two, so that a sample can be thinned, and comes from the global count: two half batches give the
-        same vectors as one batch.
-        """
-        kept, before = (vectors[:0], 0) if folded is None else folded[2:]
-        seen = before + len(vectors)
-        last, stride = (2 ** ((n * world_size() // self.num_codewords) or 1).bit_length() // 2 for n in (before, seen))
-        return torch.cat([kept[:: stride // last], vectors[-before % stride :: stride]]), seen
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs once in a training
     @torch.no_grad()
@@ -323,13 +283,15 @@ class VectorQuantizer(Quantizer):
         self.ema_sum.copy_(codebook * counts[:, None])
         self._initialised, self._num_start_vectors = True, len(vectors)
 
-    def _revive(self, sample: Tensor) -> None:
-        """Replace dead codewords by vectors of this step, chosen from the samples of all ranks."""
+    def _revive(self, vectors: Tensor) -> None:
+        """Replace dead codewords by vectors of this step, chosen from all ranks."""
         dead = self.idle >= self.config.revive_after
         num_dead = int(dead.sum())
         if num_dead == 0:
             return
-        pool = gather_rows(sample)
+        # Take every s-th vector, with s from the global count: two half batches offer the same vectors as one batch.
+        stride = max(1, len(vectors) * world_size() // self.num_codewords)
+        pool = gather_rows(vectors[::stride])
         generator = torch.Generator().manual_seed(self.seed + 7919 * self._steps)
         if num_dead > len(pool):
             # No vector revives two codewords, which would be copies: one of them would never be chosen. The codewords
@@ -353,7 +315,7 @@ class VectorQuantizer(Quantizer):
         super()._load_from_state_dict(*args)
         self._initialised, self._num_start_vectors = bool(self.ema_count.sum() > 0), 0
         self._bypass = self._bypass and not self._initialised
-        self._pending = self._folded = None
+        self._pending = None
 
 
 def kmeans(
