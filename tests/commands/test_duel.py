@@ -174,11 +174,11 @@ def small_duel() -> DuelBudget:
     return dataclasses.replace(
         tiny,
         contrast=replace(tiny.contrast, {**SMALL["contrast"], **two}),
-        supervised=replace(tiny.supervised, {"batch_size": 8, "image_size": 16, **two}),
+        supervised=replace(tiny.supervised, {"batch_size": 8, "image_size": 16, "precision": "fp32", **two}),
         codebook=replace(tiny.codebook, {**SMALL["codebook"], "perceptual.layers": (1, 2), **two}),
         pretrain=replace(tiny.pretrain, vit),
         pixels=replace(tiny.pixels, {**vit, "decoder.depth": 1, "decoder.width": 16, "decoder.num_heads": 2}),
-        few=replace(tiny.few, {"batch_size": 8, "image_size": 16, "max_steps": "1 epochs"}),
+        few=replace(tiny.few, {"batch_size": 8, "image_size": 16, "precision": "fp32", "max_steps": "1 epochs"}),
         views=2,
     )
 
