@@ -14,6 +14,7 @@ import pytest
 from pecobook.data import mapped, record
 from pecobook.data.images import open_images
 from pecobook.data.source import ImageSource, Splits
+from pecobook.utils import printer
 from tests.data.sources import labels, make_parquet, make_tar, names, samples, values
 
 
@@ -22,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Map columns of any size, into a cache of this test."""
     monkeypatch.setenv("PECOBOOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mapped, "LEAST_BYTES", 1)
-    monkeypatch.setattr(mapped, "_is_said", False)
+    monkeypatch.setattr(printer, "_said", set())
     monkeypatch.setattr(mapped, "_MOUNTS", Path("/nowhere"))  # the tests themselves may run in memory
     return tmp_path / "cache" / "columns"
 

@@ -16,6 +16,7 @@ from pecobook.data.images import open_images
 from pecobook.data.remote import RemotePath
 from pecobook.data.remote_refusals import RefusedError
 from pecobook.errors import ConfigError, DataError
+from pecobook.utils import printer
 from tests.data.sources import make_parquet, make_tar, png, samples, values
 from tests.data.web_server import Server, make_shards, quick, server
 
@@ -105,7 +106,7 @@ def test_a_cache_that_cannot_be_written_costs_requests_and_a_warning(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("PECOBOOK_CACHE", str(tmp_path / "file"))
     for name in ("train-000.tar", "set/data.parquet"):
-        monkeypatch.setattr(remote_cache, "_is_said", False)
+        monkeypatch.setattr(printer, "_said", set())
         capsys.readouterr()
         assert values(open_images(f"{server.url}/{name}").train) == values(
             open_images(str(tmp_path / "served" / name)).train

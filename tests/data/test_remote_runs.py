@@ -19,6 +19,7 @@ import pytest
 from pecobook.data import remote, remote_cache
 from pecobook.data.images import open_images
 from pecobook.errors import DataError
+from pecobook.utils import printer
 from tests import forked
 from tests.data.sources import make_parquet, make_tar, samples, values
 from tests.data.web_server import Server, bucket, make_shards, quick, server
@@ -169,7 +170,7 @@ def no_room(write: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(remote_cache, "_is_said", False)
+    monkeypatch.setattr(printer, "_said", set())
     monkeypatch.setattr(Path, "write_bytes", no_room(Path.write_bytes))
 
     class Writer:

@@ -56,8 +56,6 @@ def open_images(source: str) -> Splits:
 
         return open_photos()
     splits = assemble(source, _open(source))
-    for part in (splits.train, splits.evaluation):
-        part.map()
     release_memory()
     return splits
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -20,15 +19,13 @@ import numpy as np
 
 from pecobook.data.remote_cache import cache_folder
 from pecobook.errors import first_line
-from pecobook.utils.printer import say
+from pecobook.utils.printer import say_once
 
 LEAST_BYTES = 2**24
 """Bytes from which on a column is mapped."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 T = TypeVar("T")
-
-_is_said = False
 
 
 def mapped(column: T) -> T:
@@ -48,7 +45,11 @@ def mapped(column: T) -> T:
     try:
         found: T = (_of_array if isinstance(column, np.ndarray) else _of_arrow)(column, folder)
     except OSError as error:
-        _say_not_mapped(folder, error.strerror or first_line(error))
+        say_once(
+            "mapped columns",
+            "Warning: the names and labels of the images stay in the memory of each process, because the cache "
+            f"'{folder}' cannot take them ({error.strerror or first_line(error)}). PECOBOOK_CACHE names another place.",
+        )
         return column
     return found
 
@@ -96,14 +97,3 @@ def _is_memory(folder: Path) -> bool:
             if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
                 return kind.split()[0] in ("tmpfs", "ramfs")
     return False
-
-
-def _say_not_mapped(folder: Path, reason: str) -> None:
-    """Say once, in the first process, that columns stay in memory."""
-    global _is_said
-    if not _is_said and parent_process() is None:
-        say(
-            "Warning: the names and labels of the images stay in the memory of each process, because the cache "
-            f"'{folder}' cannot take them ({reason}). PECOBOOK_CACHE names another place."
-        )
-    _is_said = True

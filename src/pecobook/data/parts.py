@@ -81,11 +81,18 @@ class Contents:
 
 
 def assemble(source: str, contents: Contents) -> Splits:
-    """Make `Splits` from the part "train" and, if declared, the parts "test" and "validation".
+    """Make `Splits` from the part "train" and, if declared, the parts "test" and "validation"; large ones are mapped.
 
     Raises:
         DataError: there is no training image, or a class of the evaluation split is missing in training.
     """
+    splits = _assembled(source, contents)
+    for part in (splits.train, splits.evaluation):
+        part.map()
+    return splits
+
+
+def _assembled(source: str, contents: Contents) -> Splits:
     parts = contents.parts
     if len(parts["train"].rows) == 0:
         raise DataError(f"--data '{source}': the training split holds no image.")

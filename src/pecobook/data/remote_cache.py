@@ -10,13 +10,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from multiprocessing import parent_process
 from pathlib import Path
 
 from filelock import FileLock
 
 from pecobook.errors import ConfigError, first_line
-from pecobook.utils.printer import say
+from pecobook.utils.printer import say_once
 
 LIMIT_VARIABLE = "PECOBOOK_REMOTE_CACHE_GB"
 _LIMIT_GB = 50.0
@@ -28,7 +27,6 @@ _USED_AGAIN = 60.0
 """Seconds after which a use of a file is noted anew."""
 
 _written = 0
-_is_said = False
 
 
 def cache_folder(name: str = "remote") -> Path:
@@ -65,13 +63,11 @@ def into_cache(file: Path) -> Iterator[Path]:
 
 def say_not_kept(error: OSError) -> None:
     """Say once, in the first process, that the cache cannot be written."""
-    global _is_said
-    if not _is_said and parent_process() is None:
-        say(
-            f"Warning: the cache '{cache_folder()}' cannot be written ({error.strerror or error}), so what is read is "
-            "requested each time. PECOBOOK_CACHE names another place."
-        )
-    _is_said = True
+    say_once(
+        "cache of remote files",
+        f"Warning: the cache '{cache_folder()}' cannot be written ({error.strerror or error}), so what is read is "
+        "requested each time. PECOBOOK_CACHE names another place.",
+    )
 
 
 def read_cached(file: Path, start: int, stop: int) -> bytes | None:

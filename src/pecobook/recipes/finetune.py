@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.images import ClipConfig
 from pecobook.settings.training import OptimConfig
+
+PLAIN: dict[str, Any] = {
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "random_erasing": 0.0,
+    "rand_augment": "",
+    "label_smoothing": 0.0,
+}
+"""Settings of a fine-tuning that changes images by crops and flips alone, and labels not at all."""
 
 
 def tiny() -> FinetuneConfig:
@@ -41,11 +51,7 @@ def tiny_video() -> FinetuneConfig:
         batch_size=32,
         optim=OptimConfig(lr=3e-3, warmup="10%", layer_decay=0.75),
         min_crop=0.6,
-        mixup=0.0,
-        cutmix=0.0,
-        label_smoothing=0.0,
-        rand_augment="",
-        random_erasing=0.0,
+        **PLAIN,
         clip=ClipConfig(frames=8, sampling="segments", flip=False),
     )
 
@@ -245,11 +251,7 @@ def paper_video() -> FinetuneConfig:
             paper().optim, lr=1.2e-3, lr_batch_size=64, warmup="1 epochs", weight_decay=1e-4, layer_decay=0.65
         ),
         min_crop=0.4,
-        mixup=0.0,
-        cutmix=0.0,
-        label_smoothing=0.0,
-        rand_augment="",
-        random_erasing=0.0,
+        **PLAIN,
         eval_crop=1.0,
         clip=ClipConfig(frames=8, sampling="stride", stride=32, flip=True, crops=3),
     )

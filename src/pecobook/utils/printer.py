@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import parent_process
 
 from pecobook.errors import printable
 
@@ -30,6 +31,8 @@ class _Run:
 
 
 _run = _Run()
+_said: set[str] = set()
+"""What `say_once` has spoken about in this process."""
 _lock = threading.RLock()
 """Held while the live line of `doing` is drawn or erased."""
 
@@ -109,6 +112,13 @@ def say(text: str) -> None:
         _run.log(text)
     elif _run.notes is not None:
         _run.notes.append(text)
+
+
+def say_once(about: str, text: str) -> None:
+    """Say a text as `say` does, the first time that something is said about a matter; worker processes say nothing."""
+    if about not in _said and parent_process() is None:
+        say(text)
+    _said.add(about)
 
 
 @contextlib.contextmanager

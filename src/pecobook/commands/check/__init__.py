@@ -27,7 +27,7 @@ from pecobook.errors import DataError, PecobookError
 from pecobook.recipes import recipe
 from pecobook.settings.check import CheckConfig
 from pecobook.settings.training import TrainConfig
-from pecobook.settings.values import replace
+from pecobook.settings.values import replace, to_dict
 from pecobook.stages.classify import ClassifyStage
 from pecobook.stages.detect import DetectStage
 from pecobook.stages.segment import SegmentStage
@@ -104,12 +104,8 @@ def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -
     command = _READS_AS.get(task, task)
     settings: TrainConfig = recipe(command, config.recipe) if config.recipe else COMMANDS[command].settings()
     names = {field.name for field in dataclasses.fields(settings)} - {"data", "out", "workers"}
-    values = {**vars(config), "clip": dataclasses.asdict(config.clip)}
-    given = {
-        field.name: values[field.name]
-        for field in dataclasses.fields(config)
-        if field.name in names and getattr(config, field.name) != field.default
-    }
+    defaults = to_dict(type(config)())
+    given = {name: value for name, value in to_dict(config).items() if name in names and value != defaults[name]}
     return replace(settings, {"data": config.data, **given, **changes})
 
 

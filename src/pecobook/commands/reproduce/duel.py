@@ -92,7 +92,6 @@ def duel_budget(name: str) -> DuelBudget:
 def _budget(
     network: ContrastConfig, tokenizer: CodebookConfig, masked: PretrainConfig, length: str, *, views: int
 ) -> DuelBudget:
-    plain: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": "", "drop_path": 0.0}
     few = FinetuneConfig(
         batch_size=100,
         max_steps=length,
@@ -101,8 +100,8 @@ def _budget(
         optim=OptimConfig(lr=1e-3, warmup="10%", layer_decay=0.75),
         min_crop=0.3,
         eval_crop=1.0,
-        label_smoothing=0.0,
-        **plain,
+        drop_path=0.0,
+        **finetune.PLAIN,
     )
     supervised = dataclasses.replace(
         finetune.tiny(),
