@@ -91,10 +91,13 @@ LAYOUTS: dict[str, tuple[Any, tuple[float, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("zipped", [True, False])  # False: as PyTorch wrote files before 1.6
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout__gives_the_network_and_the_normalisation_of_its_maker(tmp_path: Path, layout: str) -> None:
+def test_layout__gives_the_network_and_the_normalisation_of_its_maker(
+    tmp_path: Path, layout: str, zipped: bool
+) -> None:
     network, (wrap, mean) = vit(), LAYOUTS[layout]
-    torch.save(wrap(network.state_dict()), tmp_path / "weights.pth")
+    torch.save(wrap(network.state_dict()), tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
     backbone = load_backbone(f"timm:{NAME}", weights=str(tmp_path / "weights.pth"))
     images = torch.rand(1, 3, 160, 160)
     assert torch.equal(backbone.network.eval()(images), network(images))

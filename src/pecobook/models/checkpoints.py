@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickletools
 import re
 import sys
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -175,13 +177,26 @@ def _load_tensors(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:
-        import zipfile
-
-        if not zipfile.is_zipfile(file):
+        names = _names_of_objects(file)
+        if not names:
             raise
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([_stub(name) for name in names]):
             return _with_weights(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _names_of_objects(file: Path) -> Collection[str]:
+    """Return the names of all classes and functions in a file of torch.save; none for another file."""
+    if zipfile.is_zipfile(file):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    names = set[str]()
+    try:
+        with file.open("rb") as opened:  # before PyTorch 1.6: four pickles in front of the numbers
+            for _ in range(4):
+                parts = pickletools.genops(opened)
+                names |= {str(name).replace(" ", ".") for kind, name, _ in parts if kind.name == "GLOBAL"}
+    except Exception:  # a damaged file can raise any exception
+        return ()
+    return names
 
 
 def _inner(content: dict[Any, Any]) -> str | None:

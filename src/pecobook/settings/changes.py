@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pecobook.settings.config_files import without_retired
@@ -30,6 +31,16 @@ def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return completed
 
 
+def _same_file(before: Any, after: Any) -> bool:
+    """Whether two settings are paths of one file or folder."""
+    if not (isinstance(before, str) and isinstance(after, str) and before and after):
+        return False
+    try:
+        return Path(before).samefile(after)
+    except (OSError, ValueError):  # one of them is not there
+        return False
+
+
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Return a line such as `optim.lr: 0.001 -> 0.01` for every changed setting that must not change on resume."""
     lines: list[str] = []
@@ -37,6 +48,6 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
         before, after, full = old.get(name), new.get(name), prefix + name
         if isinstance(before, dict) and isinstance(after, dict):
             lines += changed_settings(before, after, f"{full}.")
-        elif before != after and full not in FREE_ON_RESUME:
+        elif before != after and full not in FREE_ON_RESUME and not _same_file(before, after):
             lines.append(f"{flag(full)}: {before} -> {after}")
     return lines

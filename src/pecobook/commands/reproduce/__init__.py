@@ -14,6 +14,7 @@ The rows and the paper's numbers stand in `pecobook.commands.paper_tables`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from functools import partial
@@ -49,7 +50,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
         PreflightError: all problems that were found before anything was written.
         PecobookError: a run failed, or with `train` False is not finished; the tables of the others are written.
     """
-    config = replace(config or ReproduceConfig(), settings)
+    config = _with_full_paths(replace(config or ReproduceConfig(), settings))
     plan = _preflight(config)
     out = Path(config.out)
     if config.json:
@@ -71,6 +72,24 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
             names = some_of(missing, 5)
             raise PecobookError(f"The tables leave out {len(missing)} runs that are not finished: {names}.")
     return out / "tables.md"
+
+
+_NAMING = (
+    *("data", "network", "network_weights", "supervised", "classifier", "dino", "dalle", "more_data"),
+    *("segmentation_data", "detection_data", "kinetics", "ssv2"),
+)
+"""Settings that may name a file or a folder, beside `out`."""
+
+
+def _with_full_paths(config: ReproduceConfig) -> ReproduceConfig:
+    """Return the settings with the full paths of files, so that every job may be started in any folder."""
+    full = {"out": str(Path(config.out).absolute())} if config.out else {}
+    for name in _NAMING:
+        value = getattr(config, name)
+        with contextlib.suppress(OSError):  # of a name that is too long for a file
+            if value not in ("", "photos") and Path(value).exists():
+                full[name] = str(Path(value).absolute())
+    return replace(config, full)
 
 
 def _run(plan: Plan, out: Path) -> Outcome:
@@ -132,8 +151,7 @@ def _check_plan(plan: Plan, preflight: Preflight) -> None:
     config = plan.config
     check_given(plan, preflight, download=config.train and not (config.dry_run or config.commands or config.slurm))
     if not plan.jobs:
-        figures = [pair for table in plan.tables.values() for pair in table.figures]
-        preflight.problems.append(ConfigError("\n".join(["There is nothing to run.", *plan.unmeasured(figures)])))
+        preflight.problems.append(ConfigError("\n".join(["There is nothing to run.", *plan.left_out()])))
     names = [config.data, config.out, str(Path.cwd()), *(name for job in plan.jobs.values() for name in job.words)]
     broken = next((name for name in names if "\n" in name), None)
     if broken is not None and (config.commands or config.slurm):
@@ -178,11 +196,16 @@ def _missing(plan: Plan, outcome: Outcome) -> str:
 
 def _write_tables(plan: Plan, outcome: Outcome, out: Path) -> None:
     """Write all tables and the report."""
-    command = shlex.join(listing.command_words(plan.config))
+    config, command = plan.config, shlex.join(listing.command_words(plan.config))
     introduction = (
         f"`{command}`. After ± stands the standard deviation over seeds. The paper's numbers are of ImageNet-1K and "
         "its full budget: compare differences and orders, not values."
     )
+    if config.budget != "paper" or config.length != 1 or config.backbone.name:
+        introduction += (
+            " ViTs and epochs in titles and rows are the paper's: here other ViTs may stand for them, and the lengths "
+            "of pre-trainings have the same proportions."
+        )
     measured_tables = tables.measured_tables(plan)
     missing = _missing(plan, outcome)
     text = tables.markdown(measured_tables, "\n\n".join(filter(None, (introduction, missing))))

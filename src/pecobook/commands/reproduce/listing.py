@@ -66,8 +66,7 @@ def describe(plan: Plan, *, every_arm: bool = False) -> str:
     left = [name for name, job in plan.jobs.items() if not job.finished]
     if left:
         lines.append(f"What is left takes {_taken((plan.costs[name] for name in left), long=True)}.")
-    figures = [pair for table in plan.tables.values() for pair in table.figures]
-    return "\n".join([*lines, *plan.unmeasured(figures)])
+    return "\n".join([*lines, *plan.left_out()])
 
 
 def _taken(costs: Iterable[Cost], *, long: bool = False) -> str:
@@ -89,9 +88,12 @@ def _taken(costs: Iterable[Cost], *, long: bool = False) -> str:
 
 
 def as_json(plan: Plan) -> str:
-    """Return the plan as a JSON object: `command`, `folder`, and `jobs`, of which each needs earlier ones alone."""
+    """Return the plan as a JSON object: `command`, the `folder` where it was given, and lists: `left_out`, the columns
+    and the rows that are not measured, and `jobs`, of which each needs earlier ones alone.
+    """
     jobs = [_entry(name, job, plan.costs[name]) for name, job in plan.jobs.items()]
-    content = {"command": shlex.join(command_words(plan.config, out=True)), "folder": str(Path.cwd()), "jobs": jobs}
+    command = shlex.join(command_words(plan.config, out=True))
+    content = {"command": command, "folder": str(Path.cwd()), "left_out": plan.left_out(), "jobs": jobs}
     return json.dumps(content, indent=2)
 
 
@@ -122,7 +124,7 @@ def commands(plan: Plan) -> str:
     left = {name: job for name, job in plan.jobs.items() if not job.finished}
     lines = [
         f"{HEADER}{shlex.join(command_words(plan.config, out=True))}",
-        f"# Run in the folder {shlex.quote(str(Path.cwd()))}. One job a line, and each needs earlier lines alone:",
+        f"# Begun in the folder {shlex.quote(str(Path.cwd()))}. One job a line, and each needs earlier lines alone:",
         "# COMMAND  # NAME after NAMES. The jobs NAMES must be finished before. A line may be repeated: it continues",
         "# what was interrupted. The last line writes the tables.",
     ]

@@ -116,6 +116,13 @@ class Plan:
         missing = {heading: self.missing_for_figure(figure) for figure, heading in figures}
         return [f"Not measured: {heading} (needs {needs})." for heading, needs in missing.items() if needs]
 
+    def left_out(self) -> list[str]:
+        """Return a line for each column and for each row of the tables that is not measured, with what it needs."""
+        tables = self.tables.values()
+        missing = {row.label: self.missing_for_arm(row.arm) for table in tables for row in table.all_rows}
+        rows = [f"Not trained: {label} (needs {needs})." for label, needs in missing.items() if needs]
+        return [*self.unmeasured(pair for table in tables for pair in table.figures), *rows]
+
     def _waits_for_data(self, table: PaperTable) -> bool:
         """Whether a table has only figures for which the images or the clips are missing."""
         return all(self.missing_for_figure(figure) in DATA_FLAGS.values() for figure, _ in table.figures)
