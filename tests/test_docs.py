@@ -6,8 +6,12 @@ import ast
 import contextlib
 import functools
 import importlib
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +216,61 @@ def test_evaluate_guide__python_runs(
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "evaluate.md").read_text(), flags=re.DOTALL)
     exec(block, {})
     assert capsys.readouterr().out.startswith("codebook ")
+
+
+_STUB = """#!{python}
+import json, os, pathlib, sys
+program, words = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+if program == "curl":  # makes the file of -o, or under the last part of the address
+    target = words[words.index("-o") + 1] if "-o" in words else words[-1].rpartition("/")[2]
+    pathlib.Path(target).write_text("data")
+if program == "unzip":
+    archive = pathlib.Path(next(word for word in words if word.endswith(".zip")))
+    (pathlib.Path(words[-1]) if "-d" in words else archive.with_suffix("")).mkdir(exist_ok=True)
+if program == "python":
+    for split in ("train", "val"):
+        pathlib.Path("downloads", split).mkdir(parents=True)
+if program == "pecobook":
+    inputs = [word.rpartition(":")[2] for flag, word in zip(words, words[1:]) if flag in {inputs}]
+    names = [word for word in inputs if word.isupper() or "/" in word or word.startswith("ADE")]
+    missing = [name for name in names if not os.path.exists(name)]
+    assert not missing, (words, missing)
+    if "--out" in words:
+        pathlib.Path(words[words.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(json.dumps([os.getcwd(), *words]) + "\\n")
+"""
+_INPUTS = (
+    *("--data", "--tokenizer", "--tokens", "--backbone", "--against", "--dalle", "--perceptual.network"),
+    *("--perceptual.weights", "--segmentation-data", "--detection-data"),
+)
+
+
+@pytest.mark.parametrize("kaggle", [False, True], ids=["archives", "kaggle"])
+def test_from_zero__every_line_finds_what_earlier_lines_made(tmp_path: Path, kaggle: bool) -> None:
+    """The page from its first line to its last in one shell, with stubs for what downloads or trains."""
+    programs, folder = tmp_path / "bin", tmp_path / "it's here"
+    for place in (programs, folder, folder / "KINETICS", folder / "SSV2"):
+        place.mkdir()
+    for name in ("curl", "unzip", "python", "pecobook", "pip", "hf"):
+        (programs / name).write_text(_STUB.replace("{python}", sys.executable).replace("{inputs}", repr(_INPUTS)))
+        (programs / name).chmod(0o755)
+    images, solution = folder / "ILSVRC" / "Data" / "CLS-LOC", "ILSVRC2012_val_0000000"
+    (images / "train" / "n01").mkdir(parents=True)
+    (images / "val").mkdir()
+    for number in (1, 2):
+        (images / "val" / f"{solution}{number}.JPEG").touch()
+    # Boxes follow the class, more than one in some images, and the last line may lack its end.
+    lines = f"ImageId,PredictionString\n{solution}1,n02 85 1 499 272 \n{solution}2,n01 1 2 3 4 n01 5 6 7 8 "
+    (folder / "LOC_val_solution.csv").write_text(lines)
+    blocks = re.findall(r"```(?:ba)?sh\n(.*?)```", (DOCS / "from-zero.md").read_text(), flags=re.DOTALL)
+    left_out = "torchvision.datasets" if kaggle else "LOC_val_solution"  # one way to ImageNet or the other
+    script = "set -euo pipefail\n" + "".join(block for block in blocks if left_out not in block)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=True)
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert {call[0] for call in calls} == {str(folder)}
+    assert len(calls) > 12
+    if kaggle:
+        found = sorted(str(file.relative_to(folder / "IMAGENET")) for file in (folder / "IMAGENET").rglob("*.JPEG"))
+        assert found == [f"val/n01/{solution}2.JPEG", f"val/n02/{solution}1.JPEG"]
