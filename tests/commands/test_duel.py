@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from pecobook import cli
 from pecobook.commands.duel_arms import ARMS, Setting, parse_run, run_name, settings_of
 from pecobook.commands.paper_tables import TABLES, chosen_tables
 from pecobook.commands.reproduce.duel import DuelBudget, duel_budget, reading, validation_accuracy
+from pecobook.commands.reproduce.few_labels import few_labels, write_images
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.tables import gains_over_controls, measured_tables
 from pecobook.data.images import open_images
@@ -39,7 +41,7 @@ def test_settings__are_tried_equally_by_all_arms_with_a_network() -> None:
     for arm in ("perceptual", "perceptual-random", "perceptual-shuffled", "supervised"):
         assert len(settings_of(arm)) == 4
     assert [setting.name for setting in settings_of("pixel")] == ["lr0.001", "lr0.003"]
-    assert len(settings_of("scratch")) == 1
+    assert len(settings_of("scratch")) == 2
     for arm in ARMS:
         for setting in settings_of(arm):
             assert parse_run(run_name(arm, setting)) == (arm, setting)
@@ -148,17 +150,53 @@ def test_reading__needs_power_first() -> None:
 
 
 def test_images__have_few_labels_a_class_and_all_test_images(images: Path, tmp_path: Path) -> None:
-    plan = make_plan(images, tmp_path, "duel")
-    assert plan.duel is not None
-    plan.duel.write_images()
-    written = open_images(str(plan.duel.few_folder))
     source = open_images(str(images))
+    write_images(source, "few", tmp_path)
+    written = open_images(str(tmp_path / "images"))
     assert len(written.evaluation) == len(source.evaluation)
     assert len(written.train) == len(source.train)  # fewer than 100 of each class here
     assert written.train.classes is not None
     assert source.train.classes is not None
     assert len(written.train.classes) == len(source.train.classes)
-    plan.duel.write_images()  # a second time nothing is written
+    write_images(source, "few", tmp_path)  # a second time nothing is written
+
+
+def test_images__of_the_tuning_are_no_test_images(images: Path, tmp_path: Path) -> None:
+    source = open_images(str(images))
+    write_images(source, "tune", tmp_path)
+    written = open_images(str(tmp_path / "images-tuning"))
+    (of_learning, learned), (of_judging, judging) = few_labels(source, "tune")
+    assert of_learning is of_judging is source.train
+    assert not set(learned) & set(judging)
+    assert len(written.train) == len(learned) > 0
+    assert len(written.evaluation) == len(judging) == len(learned)
+    # With 200 images of a class, the tuning learns from the images of the study.
+    labels = np.repeat([0, 1], 250)
+    many = SimpleNamespace(train=SimpleNamespace(labels=labels), evaluation=range(3))
+    (_, few), (_, tested) = few_labels(many, "few")  # type: ignore[arg-type]
+    (_, tuned), (_, judging) = few_labels(many, "tune")  # type: ignore[arg-type]
+    assert few == tuned
+    assert tested == [0, 1, 2]
+    assert [int((labels[chosen] == 1).sum()) for chosen in (few, judging)] == [100, 100]
+
+
+def test_tuning__gives_random_weights_a_rate_of_their_own(images: Path, tmp_path: Path) -> None:
+    tuning = make_plan(images, tmp_path, "duel-tuning", seeds=(100,))
+    runs = [tuning.jobs[f"tune-scratch+lr{lr}-100"].config for lr in ("0.001", "0.003")]
+    assert [run.optim.lr for run in runs] == [1e-3, 3e-3]
+    assert {(run.weights, run.optim.layer_decay, Path(run.data).name) for run in runs} == {
+        ("random", 1.0, "images-tuning")
+    }
+    for run, accuracy in zip(runs, (40.0, 45.0), strict=True):
+        (Path(run.out) / "export").mkdir(parents=True)
+        (Path(run.out) / "export" / "config.json").write_text("{}")
+        lines = ({"step": 1, "evaluation/top1": 90.0}, {"step": 2, "evaluation/top1": accuracy})  # the last one counts
+        (Path(run.out) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = make_plan(images, tmp_path, "duel")
+    assert plan.duel is not None
+    assert plan.duel.chosen("scratch") == Setting(3e-3)
+    assert plan.jobs["few-scratch+lr0.003-0"].config.optim.lr == 3e-3
+    assert plan.jobs["few-pixel+lr0.001-0"].config.optim.lr == 1e-3
 
 
 def test_duel__needs_labels(unlabelled_images: Path, tmp_path: Path) -> None:

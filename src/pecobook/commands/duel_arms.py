@@ -22,7 +22,7 @@ class Setting:
     """What is tuned of an arm, on validation images."""
 
     lr: float = 1e-3
-    """Learning rate of pre-training."""
+    """Learning rate of pre-training; for random weights, which have none, that of fine-tuning."""
     rising: bool = False
     """Whether lambda rises over the first half of the codebook's training."""
 
@@ -34,8 +34,6 @@ class Setting:
 
 def settings_of(arm: str) -> tuple[Setting, ...]:
     """Return the settings that are tried for an arm, the default first."""
-    if arm == "scratch":
-        return (Setting(),)
     has_network = arm.partition("-")[0] in ("perceptual", "supervised")
     return tuple(Setting(lr, rising) for rising in (False, True)[: 1 + has_network] for lr in (1e-3, 3e-3))
 

@@ -305,11 +305,13 @@ TABLES = {
     ),
     TUNING: PaperTable(
         "Tuning of the study, on validation images",
-        (("validation", "linear probe of the ViT on validation images, %"),),
+        (
+            ("validation", "linear probe of the ViT on validation images, %"),
+            ("tune", "fine-tuned on 100 labels a class, on validation images, %"),
+        ),
         tuple(
             Row(f"{arm}, {setting.name.replace('-', ', ')}", run_name(arm, setting))
             for arm in (*ARMS, "perceptual-random", "perceptual-shuffled")
-            if len(settings_of(arm)) > 1
             for setting in settings_of(arm)
         ),
         controls=(),

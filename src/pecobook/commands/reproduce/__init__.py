@@ -1,6 +1,7 @@
 """`pecobook reproduce`: train the runs of the paper's tables on your images, at a chosen budget, over seeds.
 
 duel.py       a study of our own, beside the paper's tables
+few_labels.py the images of its fine-tuning
 budgets.py    the size and the length of every kind of run
 plan.py       the runs of all rows, each run once
 given.py      checks of what the user names for the runs
@@ -26,6 +27,7 @@ from pecobook.analysis.wording import duration
 from pecobook.commands.jobs import Outcome, run_all, seconds_of
 from pecobook.commands.paper_tables import chosen_tables
 from pecobook.commands.reproduce import listing, rehearsal, slurm, tables
+from pecobook.commands.reproduce.few_labels import FOLDERS, write_images
 from pecobook.commands.reproduce.given import check_given
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
@@ -177,8 +179,8 @@ def _begin(plan: Plan) -> None:
     config = plan.config
     with begin_or_resume(_folder(config), config, plan.splits, _fixed_settings(config)):
         (Path(config.out) / "runs").mkdir(exist_ok=True)
-        if plan.duel is not None:
-            plan.duel.write_images()
+        for kind in {name.partition("-")[0] for name in plan.jobs} & FOLDERS.keys():
+            write_images(plan.splits, kind, Path(config.out))
 
 
 def _missing(plan: Plan, outcome: Outcome) -> str:

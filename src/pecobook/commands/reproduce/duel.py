@@ -8,23 +8,17 @@ the folder.
 from __future__ import annotations
 
 import dataclasses
-import io
-import os
-import shutil
 import statistics
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
-from torchvision.io import encode_png
 
 from pecobook.analysis.evidence import LEVEL, difference
 from pecobook.commands.duel_arms import ARMS, Setting, run_name, settings_of
 from pecobook.commands.jobs import Job
-from pecobook.data.source import ImageSource, Splits
+from pecobook.commands.reproduce.few_labels import FOLDERS, few_labels
+from pecobook.commands.reproduce.transfers import last_metrics
+from pecobook.data.source import Splits
 from pecobook.errors import ConfigError
 from pecobook.recipes import codebook, contrast, finetune, pretrain
 from pecobook.settings.analyze import AnalyzeConfig
@@ -41,7 +35,6 @@ from pecobook.settings.values import replace
 from pecobook.utils.json_files import NUMBER, OBJECT, Kind, is_number, read_json
 
 CONTROLS = ("perceptual-random", "perceptual-shuffled")
-LABELS_PER_CLASS = 100
 POWER = 2.0
 """Points by which a power control must beat the pixel codebook, or the budget can show nothing."""
 FIRST = ("supervised", "classification", "pixel")
@@ -154,8 +147,15 @@ class Duel:
         for arm, setting in arms.items():
             self._add_secondary(arm, setting, seed)
 
+    def add_tuning(self, arm: str, setting: Setting, seed: int) -> None:
+        """Plan what the tuning reads: the probe of an arm, or of random weights, which have no rate, fine-tuning."""
+        if arm == "scratch":
+            self._add_few("tune", arm, setting, seed, *self._vit("pixels", Setting(), seed))
+        else:
+            self.add_probe(arm, setting, seed)
+
     def add_probe(self, arm: str, setting: Setting, seed: int) -> None:
-        """Plan the ViT of an arm, all that it needs, and its probe: all that the tuning reads."""
+        """Plan the ViT of an arm, all that it needs, and its probe."""
         vit, vit_job = self._vit(arm, setting, seed)
         weights = "random" if arm == "scratch" else ""
         name = f"probe-{run_name(arm, setting)}-{seed}"
@@ -164,17 +164,22 @@ class Duel:
 
     def _add_secondary(self, arm: str, setting: Setting, seed: int) -> None:
         """Plan fine-tuning on few labels and the analysis of the codes."""
-        vit, vit_job = self._vit(arm, setting, seed)
-        name = f"few-{run_name(arm, setting)}-{seed}"
-        changes: dict[str, Any] = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
-        changes |= {"data": str(self.few_folder), "backbone": vit}
-        few = self._run(self.budget.few, name, seed, num_images=len(self._few), **changes)
-        self._add(name, "finetune", few, vit_job)
+        self._add_few("few", arm, setting, seed, *self._vit(arm, setting, seed))
         if arm not in ("scratch", "pixels"):
             tokenizer, job = self._codebook(arm, setting, seed)
             name = f"analysis-{run_name(arm, setting)}-{seed}"
             analysis = AnalyzeConfig(tokenizer=tokenizer, out=self._out(name), **self._common(seed))
             self._add(name, "analyze", analysis, job)
+
+    def _add_few(self, kind: str, arm: str, setting: Setting, seed: int, vit: str, vit_job: str) -> None:
+        """Plan fine-tuning on few labels: `few` is tested on the test images, `tune` on other training images."""
+        name = f"{kind}-{run_name(arm, setting)}-{seed}"
+        changes: dict[str, Any] = {"data": str(self.out / FOLDERS[kind]), "backbone": vit}
+        if arm == "scratch":
+            changes |= {"weights": "random", "optim.layer_decay": 1.0, "optim.lr": setting.lr}
+        (_, learned), _ = few_labels(self.splits, kind)
+        few = self._run(self.budget.few, name, seed, num_images=len(learned), **changes)
+        self._add(name, "finetune", few, vit_job)
 
     def _common(self, seed: int) -> dict[str, Any]:
         return {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
@@ -192,10 +197,17 @@ class Duel:
     def _complete_tunings(self, arm: str) -> list[dict[Setting, float]]:
         """Return the validation accuracy of every setting, for each seed at which all settings were trained."""
         by_seed: dict[str, dict[Setting, float]] = {}
+        kind, end = ("tune", "/export/config.json") if arm == "scratch" else ("probe", ".json")
         for setting in settings_of(arm):
-            prefix = f"probe-{run_name(arm, setting)}-"
-            for file in (self.out / "runs").glob(f"{prefix}*.json"):
-                by_seed.setdefault(file.stem.removeprefix(prefix), {})[setting] = validation_accuracy(file)
+            prefix = f"{kind}-{run_name(arm, setting)}-"
+            for file in (self.out / "runs").glob(f"{prefix}*{end}"):
+                seed = str(file.relative_to(self.out / "runs")).removeprefix(prefix).removesuffix(end)
+                score = (
+                    validation_accuracy(file)
+                    if kind == "probe"
+                    else float(last_metrics(file.parents[1])["evaluation/top1"])
+                )
+                by_seed.setdefault(seed, {})[setting] = score
         return [scores for scores in by_seed.values() if len(scores) == len(settings_of(arm))]
 
     def remarks(self) -> list[str]:
@@ -204,40 +216,6 @@ class Duel:
         tuned = [arm for arm in (*ARMS, *CONTROLS) if len(settings_of(arm)) > 1 and self._complete_tunings(arm)]
         how = "chosen on validation images" if tuned else "not tuned: run duel-tuning with another seed first"
         return [f"Settings ({how}): {chosen}."]
-
-    # -------------------------------------------------------------------------------------------- images of few labels
-
-    @property
-    def few_folder(self) -> Path:
-        """The folder of the few labelled images, and of the test images."""
-        return self.out / "images"
-
-    @cached_property
-    def _few(self) -> list[int]:
-        """The numbers of the training images of which fine-tuning sees the labels; always the same for `--data`."""
-        labels = self.splits.train.labels
-        assert labels is not None
-        order = np.random.default_rng(0).permutation(len(labels))
-        chosen = [order[labels[order] == label][:LABELS_PER_CLASS] for label in np.unique(labels)]
-        return sorted(np.concatenate(chosen).tolist())
-
-    def write_images(self) -> None:
-        """Write the folder of few labelled images, unless it exists."""
-        if self.few_folder.exists():
-            return
-        partial = self.few_folder.with_name(f"{self.few_folder.name}.partial-{os.getpid()}")
-        for part, source, numbers in (
-            ("train", self.splits.train, self._few),
-            ("test", self.splits.evaluation, range(len(self.splits.evaluation))),
-        ):
-            for number in numbers:
-                _write_image(source, number, partial / part)
-        try:
-            partial.rename(self.few_folder)
-        except OSError:  # another process wrote the folder meanwhile
-            shutil.rmtree(partial)
-
-    # ------------------------------------------------------------------------------------------------------------ jobs
 
     def _out(self, name: str) -> str:
         return str(self.out / "runs" / name)
@@ -341,18 +319,3 @@ def reading(linear: Mapping[str, Mapping[int, float]]) -> list[str]:
     if low >= -1 and high <= 1:
         lines.append(f"Perceptual minus control lies within 1 point ({LEVEL:.0%}): a gain of a point is denied.")
     return lines
-
-
-def _write_image(source: ImageSource, number: int, folder: Path) -> None:
-    """Write an image into the folder of its class, as the file that it is, or else as PNG."""
-    assert source.labels is not None
-    content = source.file(number)
-    if isinstance(content, Path):
-        content = content.read_bytes()
-    if content is None:
-        content, suffix = encode_png(source.read(number)).numpy().tobytes(), "png"
-    else:
-        suffix = (Image.open(io.BytesIO(content)).format or "png").lower()
-    target = folder / f"{int(source.labels[number]):04d}" / f"{number:07d}.{suffix}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(content)

@@ -76,7 +76,7 @@ class Plan:
         assert self.duel is not None
         if table == TUNING:
             for arm in arms:
-                self.duel.add_probe(*parse_run(arm), seed)
+                self.duel.add_tuning(*parse_run(arm), seed)
         else:
             self.duel.add({arm: self.duel.chosen(arm) for arm in arms}, seed)
 

@@ -15,6 +15,7 @@ from pecobook.commands.duel_arms import DUEL
 from pecobook.commands.jobs import read_analysis
 from pecobook.commands.paper_tables import MORE, Arm, PaperTable, Row
 from pecobook.commands.reproduce.duel import probe_figures, reading
+from pecobook.commands.reproduce.few_labels import FOLDERS
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
 
@@ -76,7 +77,7 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
             figures[figure] = None if share is None else 100 * share
         classifier = metrics.get("classifier", {})
         figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
-    for kind, of_kind in {**TRANSFERS, "few": {"few": "evaluation/top1"}}.items():
+    for kind, of_kind in {**TRANSFERS, **{kind: {kind: "evaluation/top1"} for kind in FOLDERS}}.items():
         job = plan.jobs.get(f"{kind}-{arm}-{seed}")
         if job is not None and job.finished:
             figures |= transfer_figures(job, of_kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.charts import read_metrics
@@ -45,12 +46,14 @@ def kinds_of(figures: Iterable[str]) -> list[str]:
     return [kind for kind, names in TRANSFERS.items() if wanted & names.keys()]
 
 
+def last_metrics(run: Path) -> dict[str, Any]:
+    """Return the last value of every metric of a run."""
+    return {key: value for line in read_metrics(run / "metrics.jsonl") for key, value in line.items()}
+
+
 def transfer_figures(job: Job, names: dict[str, str]) -> dict[str, float | None]:
     """Return the figures of a finished job; None for one that it did not measure, as mask AP without masks."""
-    if job.command == "predict":
-        metrics = read_accuracy(job.out)
-    else:
-        metrics = {key: value for line in read_metrics(job.out / "metrics.jsonl") for key, value in line.items()}
+    metrics = read_accuracy(job.out) if job.command == "predict" else last_metrics(job.out)
     return {figure: metrics.get(name) for figure, name in names.items()}
 
 

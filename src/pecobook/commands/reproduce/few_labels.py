@@ -1,0 +1,75 @@
+"""The folders of few labelled images from which the duel fine-tunes (docs/study.md)."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.io import encode_png
+
+from pecobook.data.source import ImageSource, Splits
+
+LABELS_PER_CLASS = 100
+FOLDERS = {"few": "images", "tune": "images-tuning"}
+"""Kind of a run to the name of its folder of images."""
+Part = tuple[ImageSource, list[int]]
+"""A source and the numbers of images that are taken of it."""
+
+
+def few_labels(splits: Splits, kind: str) -> tuple[Part, Part]:
+    """Choose the images that a kind of run learns from, and those that judge it; always the same for a source.
+
+    `few` learns from 100 images of each class and is judged by the test images. `tune` is judged by as many other
+    training images; a class of fewer than 200 images is halved for that.
+
+    Args:
+        splits: the images, with labels.
+        kind: `few` or `tune`.
+    """
+    labels = splits.train.labels
+    assert labels is not None
+    order = np.random.default_rng(0).permutation(len(labels))
+    learned: list[int] = []
+    judging: list[int] = []
+    for label in np.unique(labels):
+        numbers = order[labels[order] == label].tolist()
+        size = min(LABELS_PER_CLASS, len(numbers) if kind == "few" else max(len(numbers) // 2, 1))
+        learned += numbers[:size]
+        judging += numbers[size : 2 * size]
+    if kind == "few":
+        return (splits.train, sorted(learned)), (splits.evaluation, list(range(len(splits.evaluation))))
+    return (splits.train, sorted(learned)), (splits.train, sorted(judging))
+
+
+def write_images(splits: Splits, kind: str, out: Path) -> None:
+    """Write the folder of a kind of run into `out`, with parts `train` and `test`, unless it exists."""
+    folder = out / FOLDERS[kind]
+    if folder.exists():
+        return
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    for part, (source, numbers) in zip(("train", "test"), few_labels(splits, kind), strict=True):
+        for number in numbers:
+            _write_image(source, number, partial / part)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process wrote the folder meanwhile
+        shutil.rmtree(partial)
+
+
+def _write_image(source: ImageSource, number: int, folder: Path) -> None:
+    """Write an image into the folder of its class, as the file that it is, or else as PNG."""
+    assert source.labels is not None
+    content = source.file(number)
+    if isinstance(content, Path):
+        content = content.read_bytes()
+    if content is None:
+        content, suffix = encode_png(source.read(number)).numpy().tobytes(), "png"
+    else:
+        suffix = (Image.open(io.BytesIO(content)).format or "png").lower()
+    target = folder / f"{int(source.labels[number]):04d}" / f"{number:07d}.{suffix}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
