@@ -222,8 +222,8 @@ TABLES = {
         (FINETUNED, PROBE, CROSSED),
         (
             Row("pixel loss", "pixel", (82.9,)),
-            Row("and perceptual loss", "perceptual", (84.1,)),
-            Row("and adversarial loss", "adversarial", (83.9,)),
+            Row("pixel and perceptual loss", "perceptual", (84.1,)),
+            Row("pixel, perceptual and adversarial loss", "adversarial", (83.9,)),
         ),
     ),
     "table8": PaperTable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import pickletools
@@ -189,13 +190,10 @@ def _names_of_objects(file: Path) -> Collection[str]:
     if zipfile.is_zipfile(file):
         return torch.serialization.get_unsafe_globals_in_checkpoint(file)
     names = set[str]()
-    try:
-        with file.open("rb") as opened:  # before PyTorch 1.6: four pickles in front of the numbers
-            for _ in range(4):
-                parts = pickletools.genops(opened)
-                names |= {str(name).replace(" ", ".") for kind, name, _ in parts if kind.name == "GLOBAL"}
-    except Exception:  # a damaged file can raise any exception
-        return ()
+    with contextlib.suppress(ValueError), file.open("rb") as opened:  # before PyTorch 1.6: four pickles, then numbers
+        for _ in range(4):
+            parts = pickletools.genops(opened)
+            names |= {str(name).replace(" ", ".") for kind, name, _ in parts if kind.name == "GLOBAL"}
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,9 @@ def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 def _same_file(before: Any, after: Any) -> bool:
     """Whether two settings are paths of one file or folder."""
-    if not (isinstance(before, str) and isinstance(after, str) and before and after):
-        return False
-    try:
-        return Path(before).samefile(after)
-    except (OSError, ValueError):  # one of them is not there
-        return False
+    with contextlib.suppress(OSError, TypeError, ValueError):  # no paths, or of nothing that is there
+        return bool(before and after) and Path(before).samefile(after)
+    return False
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

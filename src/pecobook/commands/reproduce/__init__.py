@@ -76,21 +76,13 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     return out / "tables.md"
 
 
-_NAMING = (
-    *("data", "network", "network_weights", "supervised", "classifier", "dino", "dalle", "more_data"),
-    *("segmentation_data", "detection_data", "kinetics", "ssv2"),
-)
-"""Settings that may name a file or a folder, beside `out`."""
-
-
 def _with_full_paths(config: ReproduceConfig) -> ReproduceConfig:
     """Return the settings with the full paths of files, so that every job may be started in any folder."""
     full = {"out": str(Path(config.out).absolute())} if config.out else {}
-    for name in _NAMING:
-        value = getattr(config, name)
-        with contextlib.suppress(OSError):  # of a name that is too long for a file
-            if value not in ("", "photos") and Path(value).exists():
-                full[name] = str(Path(value).absolute())
+    for name, value in to_dict(config).items():
+        if isinstance(value, str) and name != "budget" and value not in ("", "photos"):
+            with contextlib.suppress(OSError):  # of a name that is too long for a file
+                full |= {name: str(Path(value).absolute())} if Path(value).exists() else {}
     return replace(config, full)
 
 

@@ -68,16 +68,6 @@ class Budget:
     classifier: str = ""
     """The classifier of reconstructions of ImageNet-1K; empty takes the supervised network that is trained."""
 
-    @property
-    def pretrain(self) -> PretrainConfig:
-        """The pre-training of ViT-B on tokens."""
-        return self.vits["base"].pretrain
-
-    @property
-    def finetune(self) -> FinetuneConfig:
-        """The fine-tuning of ViT-B."""
-        return self.vits["base"].finetune
-
 
 def make_budget(name: str) -> Budget:
     """Return the budget `tiny`, `small` or `paper`."""

@@ -91,22 +91,15 @@ def as_json(plan: Plan) -> str:
     """Return the plan as a JSON object: `command`, the `folder` where it was given, and lists: `left_out`, the columns
     and the rows that are not measured, and `jobs`, of which each needs earlier ones alone.
     """
-    jobs = [_entry(name, job, plan.costs[name]) for name, job in plan.jobs.items()]
+    jobs = []
+    for name, job in plan.jobs.items():
+        cost, needs = plan.costs[name], list(job.needs)
+        entry: dict[str, Any] = {"name": name, "command": command_line(job), "needs": needs, "finished": job.finished}
+        hours = cost.hours and round(cost.hours, 3)
+        jobs.append(entry | {"flop": cost.flop, "gpu_hours": hours, "disk_bytes": round(cost.disk)})
     command = shlex.join(command_words(plan.config, out=True))
     content = {"command": command, "folder": str(Path.cwd()), "left_out": plan.left_out(), "jobs": jobs}
     return json.dumps(content, indent=2)
-
-
-def _entry(name: str, job: Job, cost: Cost) -> dict[str, Any]:
-    return {
-        "name": name,
-        "command": command_line(job),
-        "needs": list(job.needs),
-        "finished": job.finished,
-        "flop": cost.flop,
-        "gpu_hours": cost.hours and round(cost.hours, 3),
-        "disk_bytes": round(cost.disk),
-    }
 
 
 def command_line(job: Job) -> str:
