@@ -197,6 +197,16 @@ def test_load_and_changed_settings__take_runs_of_version_0_1_0(tmp_path: Path) -
     assert changed_settings(complete(old, now), now) == ["quantizer.learning: gradient -> None"]
 
 
+def test_changed_settings__take_another_spelling_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    for same in (str(tmp_path / "a"), "./a", "b/../a"):
+        assert changed_settings({"data": "a"}, {"data": same}) == []
+    for old, new in (("a", "b"), ("a", "c"), ("", str(tmp_path)), ("a", ["a"]), ("0" * 5000, "a")):
+        assert changed_settings({"data": old}, {"data": new}) == [f"data: {old} -> {new}"]
+
+
 def settings_classes() -> list[type[Any]]:
     modules = [
         importlib.import_module(f"pecobook.settings.{module.name}")

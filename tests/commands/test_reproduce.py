@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shlex
@@ -314,6 +315,27 @@ def test_reproduce__writes_the_plan_as_files_and_runs_nothing(
     assert lines.read_text() == "years of work"
     with pytest.raises(ConfigError, match="--json prints the plan: give --dry-run too"):
         ReproduceConfig(json=True)
+
+
+def test_reproduce__plans_jobs_that_start_in_any_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, elsewhere = tmp_path / "it's here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+    (here / "my data").symlink_to(images)
+    monkeypatch.chdir(here)
+    words = ["reproduce", "table7", "--budget", "tiny", "--seeds", "0"]
+    cli.main([*words, "--data", "my data", "--out", "t", "--commands", "plan.txt"])
+    naming = ("--data", "--out", "--tokenizer", "--backbone", "--perceptual.network")
+    for line in Path("plan.txt").read_text().splitlines()[4:]:
+        parts = shlex.split(line, comments=True)
+        named = {Path(value) for flag, value in itertools.pairwise(parts) if flag in naming}
+        assert len(named) >= 2
+        assert all(path.is_relative_to(here) for path in named), line
+    monkeypatch.chdir(elsewhere)  # the folder of tables goes on
+    cli.main([*words, "--data", "../it's here/my data", "--out", "../it's here/t", "--commands", "plan.txt"])
+    assert "begun with other settings" not in capsys.readouterr().err
 
 
 def test_reproduce__checks_the_layers_of_a_network_before_training(
