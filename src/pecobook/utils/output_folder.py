@@ -179,24 +179,24 @@ class OutputFolder:
         return lock
 
 
-def _check_length(path: Path) -> None:
+def _check_length(path: Path, flag: str = "out") -> None:
     """Raise RunFolderError when a file system cannot hold the name."""
     name = max(path.parts, key=len, default="")
     if len(os.fsencode(name)) > 255:
-        raise RunFolderError(f"--out: the name '{name}' is longer than 255 bytes: give a shorter name.")
+        raise RunFolderError(f"--{flag}: the name '{name}' is longer than 255 bytes: give a shorter name.")
 
 
-def check_new_file(out: str) -> None:
-    """Raise RunFolderError when the file of `--out` exists or cannot be written; an empty `out` names no file."""
+def check_new_file(out: str, flag: str = "out") -> None:
+    """Raise RunFolderError when the file of a flag exists or cannot be written; an empty `out` names no file."""
     file = Path(out)
-    _check_length(file)
+    _check_length(file, flag)
     if out and file.exists():
-        raise RunFolderError(f"--out '{out}' exists already: name another file.")
+        raise RunFolderError(f"--{flag} '{out}' exists already: name another file.")
     if out and not file.parent.is_dir():
-        raise RunFolderError(f"--out '{out}' cannot be written: make the folder '{file.parent}' first.")
-    _check_permission(file, file.parent)
+        raise RunFolderError(f"--{flag} '{out}' cannot be written: make the folder '{file.parent}' first.")
+    _check_permission(file, file.parent, flag)
 
 
-def _check_permission(out: Path, folder: Path) -> None:
+def _check_permission(out: Path, folder: Path, flag: str = "out") -> None:
     if not os.access(folder, os.W_OK):
-        raise RunFolderError(f"--out '{out}' cannot be written: no permission in '{folder}'.")
+        raise RunFolderError(f"--{flag} '{out}' cannot be written: no permission in '{folder}'.")

@@ -111,12 +111,8 @@ def _write_plan(plan: Plan) -> None:
 def _check_file(flag: str, name: str) -> None:
     """Refuse a file that exists already, unless it is a plan of this command."""
     file = Path(name)
-    if file.is_file() and listing.HEADER in file.read_text(errors="replace")[:200]:
-        return
-    try:
-        check_new_file(name)
-    except PecobookError as error:  # the message names the flag of other commands
-        raise ConfigError(str(error).replace("--out", f"--{flag}", 1)) from None
+    if not (file.is_file() and listing.HEADER in file.read_text(errors="replace")[:200]):
+        check_new_file(name, flag)
 
 
 def _preflight(config: ReproduceConfig) -> Plan:
