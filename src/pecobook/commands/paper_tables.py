@@ -119,8 +119,8 @@ class PaperTable:
 
 
 _TABLE_1 = (
-    "Networks from scratch and MAE are trained by their own recipes, all others are fine-tuned by PeCo's. BEiT's "
-    "tokenizer is DALL-E's, trained on other images."
+    "At budget paper networks from scratch and MAE are trained by their own recipes; all others are fine-tuned by "
+    "PeCo's. BEiT's tokenizer is DALL-E's, trained on other images."
 )
 _DENSE = "ADE20K stands for the images of --segmentation-data, COCO for those of --detection-data."
 TABLES = {
