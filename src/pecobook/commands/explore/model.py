@@ -70,16 +70,15 @@ def index(name: str, tokenizer: Any, source: ImageSource, limit: int) -> Indexed
     """Encode at most `limit` images of the source, batch by batch, and show the progress."""
     rows, codes, skipped = [], [], []
     examples = _Examples(tokenizer.num_codewords, tokenizer.stride)
-    progress = Progress(total=min(limit, len(source)), start=0, name=f"codes of {name}", quiet=False)
-    for done, batch in central_crops(source, tokenizer.image_size, limit=limit):
-        if "image" in batch:
-            batch_codes = encode_all(tokenizer, batch["image"])
-            rows.append(batch["index"].numpy())
-            codes.append(batch_codes.numpy().astype(np.int32))
-            examples.add(batch["image"], batch_codes)
-        skipped += batch["skipped"]
-        progress.show(done, {})
-    progress.close()
+    with Progress(total=min(limit, len(source)), start=0, name=f"codes of {name}", quiet=False) as progress:
+        for done, batch in central_crops(source, tokenizer.image_size, limit=limit):
+            if "image" in batch:
+                batch_codes = encode_all(tokenizer, batch["image"])
+                rows.append(batch["index"].numpy())
+                codes.append(batch_codes.numpy().astype(np.int32))
+                examples.add(batch["image"], batch_codes)
+            skipped += batch["skipped"]
+            progress.show(done, {})
     if skipped:
         say(f"{len(skipped)} images cannot be read and are left out: {some_of(skipped, 3)}")
     return indexed(name, tokenizer, source, np.concatenate(rows), np.concatenate(codes), examples.patches)
