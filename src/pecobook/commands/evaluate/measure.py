@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,12 +70,6 @@ class Originals:
         return {"is_of_originals": round(self._score.result()[0], 3)}
 
 
-class _Speed(NamedTuple):
-    images: int
-    encode: float
-    decode: float
-
-
 class TokenizerSums:
     """All that is measured of one tokenizer, which lies on the device until `result`."""
 
@@ -89,7 +83,7 @@ class TokenizerSums:
         self._counts = torch.zeros(self._tokenizer.num_codewords, dtype=torch.int64, device=device())
         self._means = {name: Mean() for name in ("psnr", "ssim", "lpips", "perceptual") if name in inputs.metrics}
         self._features, self._score = FeatureSums(), InceptionScore(inputs.num_images)
-        self._speeds: list[_Speed] = []
+        self._speeds: list[tuple[int, float, float]] = []  # images, seconds of encoding, seconds of decoding
 
     @torch.inference_mode()
     def add(self, images: Tensor, places: Tensor) -> None:
@@ -115,7 +109,7 @@ class TokenizerSums:
             encoded = time.perf_counter()
             restored = self._tokenizer.decode(codes, batch_size=batch)
             synchronize(where)
-        self._speeds.append(_Speed(batch, encoded - began, time.perf_counter() - encoded))
+        self._speeds.append((batch, encoded - began, time.perf_counter() - encoded))
         self._counts += torch.bincount(codes.flatten(), minlength=len(self._counts))
         return restored.float().clamp(0, 1)  # type: ignore[no-any-return]
 
