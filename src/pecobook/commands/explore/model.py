@@ -297,26 +297,14 @@ def tiles(tokenizer: IndexedTokenizer, codewords: list[int]) -> Tensor:
 
 def atlas(tokenizer: IndexedTokenizer) -> Atlas:
     """Arrange the typical patches of the codewords in use by the similarity of their vectors."""
-    counts, grid, by_class = tokenizer.counts, tokenizer.found.grid, tokenizer.by_class
-    used = np.flatnonzero(counts)
-    vectors = tokenizer.tokenizer.codebook.detach().float().cpu()[torch.from_numpy(used)]
-    colours = tokenizer.examples[torch.from_numpy(used)].float().mean((2, 3)).numpy()
-    order, columns, side = arrange(vectors, colours.mean(1), tokenizer.examples.shape[-1])
-    num_places = grid[0] * grid[1]
-    pairs = np.searchsorted(used, tokenizer.found.codewords()) * num_places + tokenizer.found.patches % num_places
-    positions = np.bincount(pairs, minlength=len(used) * num_places).reshape(-1, *grid)[order]
-    used, colours = used[order], colours[order]
-    shares = by_class.shares(tokenizer.classes) if by_class is not None else {}
-    return Atlas(
-        num_codewords=len(counts),
-        columns=columns,
-        codewords=used,
-        tiles=np.stack([tile_of(tokenizer.examples[code], side) for code in used.tolist()]),
-        counts=counts[used],
-        images=tokenizer.found.images_with[used],
-        colours=colours.round().astype(np.uint8),
-        positions=positions,
-        classes=tuple(shares.get(code) for code in used.tolist()),
+    examples, by_class = tokenizer.examples, tokenizer.by_class
+    return arrange(
+        tokenizer.found,
+        tokenizer.tokenizer.codebook,
+        examples.float().mean((2, 3)).numpy(),
+        examples.shape[-1],
+        lambda code, side: tile_of(examples[code], side),
+        by_class.shares(tokenizer.classes) if by_class is not None else {},
     )
 
 
