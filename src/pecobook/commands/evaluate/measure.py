@@ -89,7 +89,9 @@ class TokenizerSums:
     def add(self, images: Tensor, places: Tensor) -> None:
         """Add images, float (B, 3, S, S) in [0, 1], with their places in the order of reading."""
         restored = self._reconstruct(images)
-        measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "lpips": self._lpips, "perceptual": self._perceptual}
+        lpips: Any = self._inputs.lpips
+        measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "perceptual": self._inputs.distance}
+        measures["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1).flatten()
         for name, mean in self._means.items():
             mean.add(measures[name](images, restored))
         if self._inputs.inception is not None:
@@ -112,14 +114,6 @@ class TokenizerSums:
         self._speeds.append((batch, encoded - began, time.perf_counter() - encoded))
         self._counts += torch.bincount(codes.flatten(), minlength=len(self._counts))
         return restored.float().clamp(0, 1)  # type: ignore[no-any-return]
-
-    def _lpips(self, x: Tensor, y: Tensor) -> Tensor:
-        assert self._inputs.lpips is not None
-        return self._inputs.lpips(2 * x - 1, 2 * y - 1).flatten()  # type: ignore[no-any-return]
-
-    def _perceptual(self, x: Tensor, y: Tensor) -> Tensor:
-        assert self._inputs.distance is not None
-        return self._inputs.distance(x, y)  # type: ignore[no-any-return]
 
     def result(self, reference: Gaussian | None) -> dict[str, Any]:
         """Return all figures, and move the tokenizer back to the host."""
