@@ -137,6 +137,12 @@ def inputs(command: str, codebook: Path, vit: Path) -> dict[str, str]:
     return needs[command]() if command in needs else {}
 
 
+@pytest.fixture
+def needs(command: str, codebook_run: Path, vit_run: Path) -> dict[str, str]:
+    """What the `command` of a parametrized test needs in addition to images, or instead of them."""
+    return inputs(command, codebook_run, vit_run)
+
+
 @functools.cache
 def shapes() -> Path:
     """Return a folder of images with masks, written once for all tests."""

@@ -49,22 +49,9 @@ __all__ += ["finetune", "load_tokenizer", "nearest_codeword", "predict", "pretra
 __all__ += ["read_image", "reproduce", "segment", "tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
-_COMMANDS = (
-    "analyze",
-    "bench",
-    "check",
-    "compare",
-    "demo",
-    "embed",
-    "evaluate",
-    "explore",
-    "probe",
-    "push",
-    "reproduce",
-)
+# The modules of the names that are not commands; a command is the function of the same name in `pecobook.commands`.
 _HOMES = {
     **dict.fromkeys(_API, "api"),
-    **{name: f"commands.{name}" for name in _COMMANDS},
     "Backbone": "models.weights",
     "Classifier": "models.weights",
     "ClipClassifier": "models.video",
@@ -88,9 +75,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("pecobook")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'pecobook' has no attribute '{name}'")
-    return getattr(import_module(f"pecobook.{_HOMES[name]}"), name)
+    return getattr(import_module(f"pecobook.{_HOMES.get(name, f'commands.{name}')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,9 @@ list of files as `data`, an nn.Module as `tokenizer`, `backbone` or perceptual n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from pecobook import recipes
 from pecobook.errors import ConfigError
@@ -26,9 +27,6 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
 from pecobook.utils.given import giving, name_of
 
-if TYPE_CHECKING:
-    from pecobook.engine.stage import Stage
-
 
 def run(command: str, config: TrainConfig, recipe: str = "") -> Path:
     """Train the stage of a command with complete settings; return the run folder.
@@ -37,34 +35,19 @@ def run(command: str, config: TrainConfig, recipe: str = "") -> Path:
     """
     from pecobook.stages.training import train
 
-    return train(_stage_type(command), config, recipe)
+    module, name = _STAGES[command]
+    return train(getattr(import_module(f"pecobook.stages.{module}"), name), config, recipe)
 
 
-def _stage_type(command: str) -> type[Stage[Any]]:
-    """Return the stage of a command; the others are not imported, which would take longer than to start a run."""
-    if command == "contrast":
-        from pecobook.stages.moco import MocoStage
-
-        return MocoStage
-    if command == "codebook":
-        from pecobook.stages.codebook import CodebookStage
-
-        return CodebookStage
-    if command == "pretrain":
-        from pecobook.stages.pretrain import PretrainStage
-
-        return PretrainStage
-    if command == "finetune":
-        from pecobook.stages.classify import ClassifyStage
-
-        return ClassifyStage
-    if command == "segment":
-        from pecobook.stages.segment import SegmentStage
-
-        return SegmentStage
-    from pecobook.stages.detect import DetectStage
-
-    return DetectStage
+_STAGES = {
+    "contrast": ("moco", "MocoStage"),
+    "codebook": ("codebook", "CodebookStage"),
+    "pretrain": ("pretrain", "PretrainStage"),
+    "finetune": ("classify", "ClassifyStage"),
+    "segment": ("segment", "SegmentStage"),
+    "detect": ("detect", "DetectStage"),
+}
+"""Module and class of each stage; the others are not imported, which would take longer than to start a run."""
 
 
 def contrast(recipe: str = DEFAULT_RECIPE, **settings: Unpack[ContrastKeywords]) -> Path:

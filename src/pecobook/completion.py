@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from pecobook.commands.paper_tables import TABLES
@@ -100,11 +100,6 @@ def _recipes_by_command() -> list[Names]:
     return [Names(3, {name: claim(kind, name) for name in recipes}, after=kind) for kind, recipes in RECIPES.items()]
 
 
-def _quoted(text: str) -> str:
-    """Return a word in single quotes for bash and zsh."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
 def _short(text: str) -> str:
     return textwrap.shorten(text, 80, placeholder=" ...")
 
@@ -142,30 +137,37 @@ complete -o default -F _pecobook pecobook
 
 
 def _bash(commands: Mapping[str, str]) -> str:
-    def case(command: str, command_flags: dict[str, Flag]) -> list[str]:
-        lines = [f'flags="{" ".join(command_flags)}"'] if command_flags else []
+    return _fill(_BASH, commands, '"{}"', " ".join)
+
+
+def _fill(template: str, commands: Mapping[str, str], words: str, listed: Callable[[Mapping[str, str]], str]) -> str:
+    """Return the template of bash or zsh with a branch for each command.
+
+    Args:
+        template: the script, with `@cases@` and `@commands@`.
+        commands: the commands with their descriptions.
+        words: how the shell writes a list, with {} for its words.
+        listed: returns the words of a list, given their explanations by word.
+    """
+    branches: list[str] = []
+    for command in commands:
+        command_flags, lines = flags_of(command), list[str]()
+        if command_flags:
+            explained = {name: flag.explanation for name, flag in command_flags.items()}
+            lines.append(f"flags={words.format(listed(explained))}")
         for names in names_of(command):
             test = f"$place {'-ge' if names.repeats else '-eq'} {names.position}"
             test += f" && $before == {names.after}" if names.after else ""
-            lines.append(f'[[ {test} ]] && names="{" ".join(names.explanations)}"')
+            lines.append(f"[[ {test} ]] && names={words.format(listed(names.explanations))}")
         choices = [
-            f'{name}) choices="{" ".join(flag.choices)}" ;;' for name, flag in command_flags.items() if flag.choices
+            f"    {name}) choices={words.format(' '.join(flag.choices))} ;;"
+            for name, flag in command_flags.items()
+            if flag.choices
         ]
-        return [*lines, *_inner_case(choices)]
-
-    return _fill(_BASH, commands, case, " ".join(commands))
-
-
-def _inner_case(branches: list[str]) -> list[str]:
-    return ['case "$before" in', *(f"    {branch}" for branch in branches), "esac"] if branches else []
-
-
-def _fill(template: str, commands: Iterable[str], case: Callable[[str, dict[str, Flag]], list[str]], names: str) -> str:
-    """Return the template of bash or zsh with a branch for each command; `case` returns the lines of a branch."""
-    branches: list[str] = []
-    for command in commands:
-        branches += [f"{command})", *(f"    {line}" for line in case(command, flags_of(command))), "    ;;"]
-    return template.replace("@cases@", textwrap.indent("\n".join(branches), " " * 12)).replace("@commands@", names)
+        lines += ['case "$before" in', *choices, "esac"] if choices else []
+        branches += [f"{command})", *(f"    {line}" for line in lines), "    ;;"]
+    cases = textwrap.indent("\n".join(branches), " " * 12)
+    return template.replace("@cases@", cases).replace("@commands@", listed(commands))
 
 
 # ----------------------------------------------------------------------------------------------------------------- zsh
@@ -209,21 +211,10 @@ fi
 
 def _zsh(commands: Mapping[str, str]) -> str:
     def described(texts: Mapping[str, str]) -> str:
-        return " ".join(_quoted(f"{name}:{_short(text)}") for name, text in texts.items())
+        pairs = (f"{name}:{_short(text)}" for name, text in texts.items())
+        return " ".join("'" + pair.replace("'", "'\\''") + "'" for pair in pairs)
 
-    def case(command: str, command_flags: dict[str, Flag]) -> list[str]:
-        texts = {name: flag.explanation for name, flag in command_flags.items()}
-        lines = [f"flags=({described(texts)})"] if command_flags else []
-        for names in names_of(command):
-            test = f"((place {'>=' if names.repeats else '=='} {names.position}))"
-            test += f" && [[ $before == {names.after} ]]" if names.after else ""
-            lines.append(f"{test} && names=({described(names.explanations)})")
-        choices = [
-            f"{name}) choices=({' '.join(flag.choices)}) ;;" for name, flag in command_flags.items() if flag.choices
-        ]
-        return [*lines, *_inner_case(choices)]
-
-    return _fill(_ZSH, commands, case, described(commands))
+    return _fill(_ZSH, commands, "({})", described)
 
 
 # ---------------------------------------------------------------------------------------------------------------- fish

@@ -72,7 +72,7 @@ def test_class_shares_name_a_class_that_is_more_frequent_than_by_chance() -> Non
     labels = torch.tensor([0] * 8 + [1] * 16 + [2] * 8)
     shares = class_shares(codes, labels, 5, ["cat", "dog", "cow", "unseen"])
     assert shares == {0: ClassShare("cat", 100, 25, 4)}
-    atlas = make_atlas(torch.rand(32, 3, 4, 4), codes, torch.rand(5, 3), labels=labels, classes=["cat", "dog", "cow"])
+    atlas = make_atlas(torch.rand(32, 3, 4, 4), codes, torch.rand(5, 3), shares=shares)
     listed = as_json(atlas)
     classes = dict(zip(listed["codeword"], listed["class"], strict=True))
     assert (classes, listed["classes"]) == ({0: (0, 100, 25.0, 4.0), 1: (), 2: ()}, ["cat"])

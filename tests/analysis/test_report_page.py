@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pecobook.analysis.atlas import Atlas, as_json, make_atlas, sprite_jpeg
+from pecobook.analysis.occurrences import class_shares
 from pecobook.analysis.report import Picture, Report, Section, Table, write_report
 from tests.analysis.fakes import GreyTokenizer
 from tests.analysis.test_atlas import grey_images
@@ -22,7 +23,9 @@ pytestmark = needs_browser
 def atlas() -> Atlas:
     tokenizer, images = GreyTokenizer(), torch.cat([grey_images(), torch.zeros(8, 3, 16, 16)])
     labels, classes = torch.tensor([0] * 32 + [1] * 8), ["light", "dark"]
-    return make_atlas(images, tokenizer.encode(images), tokenizer.codebook, labels=labels, classes=classes)
+    codes = tokenizer.encode(images)
+    shares = class_shares(codes, labels, len(tokenizer.codebook), classes)
+    return make_atlas(images, codes, tokenizer.codebook, shares=shares)
 
 
 @pytest.fixture(scope="module")

@@ -100,11 +100,6 @@ class FileEvents:
         """Kill this process."""
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def kill_session(self, _event: str, _path: str) -> None:
-        """Kill this process and its group, as the end of a container does."""
-        os.killpg(os.getsid(0), signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
-
     def power_cut(self, _event: str, _path: str) -> None:
         """Lose a part of what was written and not flushed to the disk, then kill the process."""
         chance = random.Random(self.at)

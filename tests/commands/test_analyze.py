@@ -35,9 +35,7 @@ from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.images import to_float
 from tests.analysis.test_similarity import write_triplets
-from tests.runs import codebook_run, train, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
+from tests.runs import train
 
 CONTRACT = {"name", "codes_used", "perplexity", "psnr", "codeword_probe", "bag_probe"}
 

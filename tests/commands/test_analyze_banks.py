@@ -27,9 +27,6 @@ from pecobook.errors import DataError, PreflightError
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.stages.pretrain import encode_views
-from tests.runs import codebook_run
-
-__all__ = ["codebook_run"]  # the fixture
 
 K = 12
 

@@ -14,9 +14,7 @@ from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, DataError, PecobookError
 from pecobook.models.export import write_export
 from pecobook.settings.analyze import AnalyzeConfig
-from tests.runs import codebook_run, train, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
+from tests.runs import train
 
 
 def test_open_classifier__refuses_other_classes(images: Path, vit_run: Path, tmp_path: Path) -> None:

@@ -15,9 +15,6 @@ from pecobook.analysis.codewords import GalleryRow, code_usage
 from pecobook.analysis.occurrences import class_shares
 from pecobook.commands.analyze.pictures import galleries, pictures_of
 from tests.commands.test_analyze import run
-from tests.runs import codebook_run, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
 
 
 def test_analyze__a_run_called_original_has_a_separate_column(

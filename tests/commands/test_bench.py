@@ -16,9 +16,6 @@ from pecobook.commands.bench import bench, matmul_peak
 from pecobook.errors import ConfigError
 from pecobook.recipes import RECIPES, pretrain
 from pecobook.settings.bench import BenchConfig
-from tests.runs import codebook_run
-
-__all__ = ["codebook_run"]  # the fixture
 
 
 def test_bench__measures_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str], codebook_run: Path) -> None:
@@ -66,5 +63,6 @@ def test_bench__refuses_other_commands_and_unknown_recipes() -> None:
         pecobook.bench(recipe="papr")
 
 
-def test_matmul_peak__is_a_rate() -> None:
-    assert matmul_peak(torch.device("cpu"), "fp32", size=64, seconds=0.05) > 1e6
+@pytest.mark.parametrize("seconds", [0.05, 0.0], ids=["idle", "too-busy-for-a-second-product"])
+def test_matmul_peak__is_a_rate(seconds: float) -> None:
+    assert matmul_peak(torch.device("cpu"), "fp32", size=64, seconds=seconds) > 1e6

@@ -10,9 +10,7 @@ import pytest
 from pecobook import cli
 from pecobook.commands.compare import compare, read_run
 from pecobook.errors import PecobookError
-from tests.runs import codebook_run, logged, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
+from tests.runs import logged
 
 
 def copy_of(run: Path, out: Path, /, **changed: object) -> Path:

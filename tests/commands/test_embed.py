@@ -20,9 +20,6 @@ from pecobook.data.views import center_crop
 from pecobook.errors import DataError, PecobookError, RunFolderError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import load_backbone
-from tests.runs import codebook_run, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
 
 
 def pixels(rows: list[dict[str, Any]], size: int) -> torch.Tensor:

@@ -22,9 +22,6 @@ from pecobook.data.views import center_crop
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.utils.images import to_float
 from tests.analysis.fakes import GreyTokenizer
-from tests.runs import codebook_run, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
 
 CLASSES = ("blue", "green", "red")
 

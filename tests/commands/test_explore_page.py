@@ -21,9 +21,8 @@ from pecobook.settings.explore import ExploreConfig
 from tests.analysis.fakes import GreyTokenizer
 from tests.browser import browser, needs_browser
 from tests.commands.test_explore_server import free_port
-from tests.runs import codebook_run, vit_run
 
-__all__ = ["browser", "codebook_run", "vit_run"]  # the fixtures
+__all__ = ["browser"]  # the fixture
 
 pytestmark = needs_browser
 

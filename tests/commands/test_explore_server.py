@@ -36,9 +36,8 @@ from pecobook.errors import ConfigError, PreflightError, WeightsError
 from pecobook.settings.explore import ExploreConfig
 from tests import forked
 from tests.commands.test_explore import crops, indexed
-from tests.runs import codebook_run, vit_run
 
-__all__ = ["codebook_run", "crops", "indexed", "vit_run"]  # the fixtures
+__all__ = ["crops", "indexed"]  # the fixtures
 
 
 # --------------------------------------------------------------------------------------------------------- the answers

@@ -20,9 +20,7 @@ from pecobook.models.dense.segmenter import Segmenter, resize_maps
 from pecobook.models.export import read_export
 from pecobook.models.weights import load_backbone
 from pecobook.settings.export import ExportConfig
-from tests.runs import codebook_run, shapes, train, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
+from tests.runs import shapes, train
 
 _BEIT: dict[str, Any] = {
     "model.name": "beit_base_patch16_224",

@@ -21,9 +21,7 @@ from torch.testing import assert_close
 
 from pecobook import Backbone, Classifier, PerceptualTokenizer, Segmenter, cli, read_image
 from pecobook.models.weights import create_network, load_backbone
-from tests.runs import codebook_run, shapes, train, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
+from tests.runs import shapes, train
 
 SIZES = {"wide": (40, 97), "tall": (131, 43), "small": (9, 14), "square": (24, 24)}
 NETWORKS: dict[str, dict[str, Any]] = {

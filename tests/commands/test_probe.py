@@ -24,9 +24,6 @@ from pecobook.errors import ConfigError, DataError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import load_backbone
 from pecobook.utils.images import to_float
-from tests.runs import codebook_run, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
 
 
 def test_extract__returns_the_features_and_labels_of_all_images(images: Path, vit_run: Path) -> None:

@@ -19,9 +19,6 @@ from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.utils.files import without_folders
 from tests.commands.hub_server import Hub, hub_server
 from tests.models.test_export import build_kind
-from tests.runs import codebook_run
-
-__all__ = ["codebook_run"]  # the fixture
 
 # Runs commands, each with a token, and loads exports; prints what they said and what was loaded as JSON.
 _PROCESS = """

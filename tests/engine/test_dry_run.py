@@ -18,7 +18,7 @@ from pecobook.recipes import RECIPES, recipe
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import load, replace, to_dict
-from tests.runs import SMALL, inputs, squares
+from tests.runs import SMALL, squares
 
 
 def tree(*folders: Path) -> dict[str, tuple[int, int]]:
@@ -32,6 +32,7 @@ def test_dry_run__writes_nothing_and_prints_settings_that_can_be_run(
     command: str,
     images: Path,
     codebook_run: Path,
+    needs: dict[str, str],
     vit_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -40,7 +41,7 @@ def test_dry_run__writes_nothing_and_prints_settings_that_can_be_run(
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    settings = {**SMALL[command], "data": str(images), **inputs(command, codebook_run, vit_run), "out": "runs/new"}
+    settings = {**SMALL[command], "data": str(images), **needs, "out": "runs/new"}
     folders = (tmp_path, images, codebook_run, vit_run, Path(settings["data"]))
     before = tree(*folders)
     getattr(api, command)("tiny", **settings, dry_run=True)

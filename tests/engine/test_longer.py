@@ -12,7 +12,7 @@ import torch
 
 from pecobook.engine import checkpoint
 from pecobook.errors import PecobookError
-from tests.runs import export_bytes, inputs, logged, losses, train
+from tests.runs import export_bytes, logged, losses, train
 
 CONSTANT: dict[str, Any] = {"optim.schedule": "constant", "optim.warmup": "2", "keep_checkpoints": 1}
 
@@ -31,10 +31,10 @@ def assert_equal(a: Path, b: Path, step: int) -> None:
 
 @pytest.mark.parametrize("command", ["contrast", "codebook", "pretrain", "finetune"])
 def test_resume__with_more_steps_equals_a_run_of_that_length(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path
 ) -> None:
     """The momentum of contrast and the start of the codebook do not depend on the length either."""
-    more = {**CONSTANT, **inputs(command, codebook_run, vit_run)}
+    more = {**CONSTANT, **needs}
     straight = train(command, images, tmp_path / "straight", **more, max_steps="8", **{"optim.cooldown": "25%"})
     train(command, images, tmp_path / "parts", **more, max_steps="4")
     parts = train(command, images, tmp_path / "parts", **more, max_steps="8", resume=True, **{"optim.cooldown": "25%"})

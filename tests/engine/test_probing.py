@@ -19,7 +19,7 @@ from pecobook.engine.probing import interval
 from pecobook.errors import PecobookError
 from pecobook.models.weights import load_backbone
 from tests.distributed import TwoProcesses
-from tests.runs import export_bytes, inputs, logged, losses, train
+from tests.runs import export_bytes, logged, losses, train
 
 
 def probed(run: Path) -> dict[int, dict[str, float]]:
@@ -30,9 +30,9 @@ def probed(run: Path) -> dict[int, dict[str, float]]:
 
 @pytest.mark.parametrize("command", ["contrast", "pretrain"])
 def test_probe__changes_no_weight_and_a_resumed_run_logs_the_same(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "save_every": 4, "log_every": 4}
+    more: dict[str, Any] = {**needs, "save_every": 4, "log_every": 4}
     plain = train(command, images, tmp_path / "plain", **more)
     more |= {"probe_data": str(images), "probe_every": 3}
     run = train(command, images, tmp_path / "run", **more)

@@ -31,7 +31,7 @@ from pecobook.stages.moco import MocoStage
 from pecobook.utils.folder_lock import FolderLock
 from tests import forked
 from tests.distributed import TwoProcesses
-from tests.runs import SMALL, export_bytes, inputs, logged, losses, train
+from tests.runs import SMALL, export_bytes, logged, losses, train
 
 COMMANDS = tuple(SMALL)
 
@@ -52,15 +52,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_train__eight_steps_equal_four_and_four(
-    command: str,
-    precision: str,
-    images: Path,
-    codebook_run: Path,
-    vit_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, precision: str, images: Path, needs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "sample_every": 4}
+    more: dict[str, Any] = {**needs, "precision": precision, "sample_every": 4}
     straight = train(command, images, tmp_path / "straight", **more)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)  # read by the next step, the fourth
@@ -119,9 +113,9 @@ def test_train__resumed_on_the_last_step_finishes_what_a_kill_left(images: Path,
 
 @pytest.mark.parametrize("command", ["finetune", "segment", "detect"])
 def test_overwrite__deletes_every_file_of_a_finished_run(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "1", "loggers": ("tensorboard",)}
+    more: dict[str, Any] = {**needs, "max_steps": "1", "loggers": ("tensorboard",)}
     run = train(command, images, tmp_path / "run", **more)
     assert (run / "samples").is_dir()
     run_folder.prepare(TrainConfig(out=str(run), overwrite=True), command).release()

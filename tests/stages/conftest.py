@@ -1,3 +1,3 @@
-from tests.runs import codebook_run, vit_run
+from tests.runs import codebook_run, needs, vit_run
 
-__all__ = ["codebook_run", "vit_run"]
+__all__ = ["codebook_run", "needs", "vit_run"]

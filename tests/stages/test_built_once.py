@@ -15,7 +15,7 @@ from pecobook.data.tokens import TokenBank
 from pecobook.engine import launch
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
-from tests.runs import SMALL, inputs, train
+from tests.runs import SMALL, train
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ _NETWORKS = {
 
 @pytest.mark.parametrize("command", list(SMALL))
 def test_train__builds_every_network_once(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, built: Counter[str]
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path, built: Counter[str]
 ) -> None:
-    settings: dict[str, Any] = {"data": str(images), **inputs(command, codebook_run, vit_run)}
+    settings: dict[str, Any] = {"data": str(images), **needs}
     if command == "codebook":
         settings |= {
             "perceptual.network": "timm:resnet10t",

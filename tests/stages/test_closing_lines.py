@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pecobook import Backbone, Classifier, Detector, PerceptualTokenizer, Segmenter, api, read_image
-from tests.runs import SMALL, codebook_run, inputs, vit_run
-
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
+from tests.runs import SMALL
 
 
 def results(command: str, run: Path, photo: Path) -> dict[str, Any]:
@@ -36,15 +34,10 @@ def results(command: str, run: Path, photo: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("command", list(SMALL))
 def test_closing_lines__apply_the_run_to_an_image(
-    command: str,
-    images: Path,
-    codebook_run: Path,
-    vit_run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / 'a "run" of mine'
-    settings = {"data": str(images), "out": str(run), **inputs(command, codebook_run, vit_run)}
+    settings = {"data": str(images), "out": str(run), **needs}
     getattr(api, command)("tiny", **{**SMALL[command], "max_steps": "2", **settings})
     lines = capsys.readouterr().err.split("\nDone: ")[1].split("\n\n", 1)[1]
     photo = tmp_path / "wide.png"

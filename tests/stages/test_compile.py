@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pecobook.engine import loop
-from tests.runs import inputs, train
+from tests.runs import train
 
 STEPS = 8
 NETWORK = {"perceptual.network": "timm:resnet10t", "perceptual.weights": "random", "perceptual.layers": (1, 2)}
@@ -52,17 +52,11 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ],
 )
 def test_train__is_not_compiled_again_at_later_steps(
-    command: str,
-    more: dict[str, Any],
-    images: Path,
-    codebook_run: Path,
-    vit_run: Path,
-    tmp_path: Path,
-    compilations: list[int],
+    command: str, more: dict[str, Any], images: Path, needs: dict[str, str], tmp_path: Path, compilations: list[int]
 ) -> None:
     if command == "contrast" and more and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         pytest.skip("old versions of PyTorch compile it again at a few steps, which costs time alone")
-    settings = {"data": str(images), **inputs(command, codebook_run, vit_run), **more}
+    settings = {"data": str(images), **needs, **more}
     train(command, settings.pop("data"), tmp_path / "run", **settings, compile=True, max_steps=str(STEPS))
     assert compilations[0] > 0
     # The codebook's start, at the fourth step at the latest, makes new graphs; the last step evaluates.

@@ -23,10 +23,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("command", list(SMALL))
-def test_train__on_a_gpu(
-    command: str, precision: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
-) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "devices": "1"}
+def test_train__on_a_gpu(command: str, precision: str, images: Path, needs: dict[str, str], tmp_path: Path) -> None:
+    more: dict[str, Any] = {**needs, "precision": precision, "devices": "1"}
     more |= {"max_steps": "6", "save_every": 3, "sample_every": 3}
     run = train(command, images, tmp_path / "run", **more)
     run_losses = losses(run)
@@ -43,9 +41,9 @@ def test_train__on_a_gpu(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("command", ["contrast", "codebook", "pretrain", "finetune"])
 def test_resume__deterministic_gives_equal_bits_on_a_gpu(
-    command: str, precision: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, precision: str, images: Path, needs: dict[str, str], tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "devices": "1"}
+    more: dict[str, Any] = {**needs, "precision": precision, "devices": "1"}
     more |= {"max_steps": "6", "save_every": 3, "deterministic": True}
     straight = train(command, images, tmp_path / "straight", **more)
     parts = train(command, images, tmp_path / "parts", **more)
@@ -70,9 +68,9 @@ def test_feed__batches_arrive_whole_on_a_stream_of_their_own() -> None:
     ("command", "settings"), [("codebook", {}), ("pretrain", {}), ("pretrain", {"residual": "bf16"})]
 )
 def test_train__compiled_on_a_gpu(
-    command: str, settings: dict[str, Any], images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, settings: dict[str, Any], images: Path, needs: dict[str, str], tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": "bf16", "devices": "1", **settings}
+    more: dict[str, Any] = {**needs, "precision": "bf16", "devices": "1", **settings}
     plain = losses(train(command, images, tmp_path / "plain", **more))
     compiled = losses(train(command, images, tmp_path / "compiled", **more, compile=True))
     assert compiled == pytest.approx(plain, rel=0.05)

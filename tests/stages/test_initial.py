@@ -23,7 +23,7 @@ from pecobook.stages.moco import MocoStage
 from pecobook.stages.pretrain import PretrainStage
 from pecobook.stages.segment import SegmentStage
 from pecobook.stages.training import preflight
-from tests.runs import SMALL, inputs, logged, train
+from tests.runs import SMALL, inputs, logged, shapes, train
 
 STAGES: dict[str, type[Stage[Any]]] = {
     stage.command: stage
@@ -66,10 +66,9 @@ def checkpoint(run: Path) -> dict[str, torch.Tensor]:
     ids=["contrast", "contrast-vit", "codebook", "pretrain", "pretrain-beit", "pretrain-visible"],
 )
 def test_init__of_a_run_of_the_command_takes_every_weight(
-    command: str, more: dict[str, Any], images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, more: dict[str, Any], images: Path, needs: dict[str, str], tmp_path: Path
 ) -> None:
     """All tensors are those of the run's last checkpoint, so the first loss is its loss too."""
-    needs = inputs(command, codebook_run, vit_run)
     run = train(command, images, tmp_path / "run", **needs, **more)
     other = {
         name: value for name, value in more.items() if name.split(".")[0] not in ("model", "visible_only", "decoder")
@@ -226,9 +225,8 @@ def test_init__refuses_what_does_not_fit(
 
 @pytest.mark.parametrize("command", ["finetune", "segment", "detect"])
 def test_init__of_a_run_with_labels_takes_the_head_too(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, images: Path, needs: dict[str, str], vit_run: Path, tmp_path: Path
 ) -> None:
-    needs = inputs(command, codebook_run, vit_run)
     run = train(command, images, tmp_path / "run", **needs, max_steps="2")
     needs.pop("backbone")
     stage = begin(command, needs.pop("data", images), init=str(run), **needs)  # type: ignore[arg-type]
@@ -244,25 +242,23 @@ def test_init__of_a_run_with_labels_takes_the_head_too(
         begin(command, images, init=str(vit_run), **({"data": needs["data"]} if "data" in needs else {}))
 
 
-def test_init__a_head_for_other_classes_is_left(
-    images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
-) -> None:
+def test_init__a_head_for_other_classes_is_left(images: Path, vit_run: Path, tmp_path: Path) -> None:
     run = train("finetune", images, tmp_path / "run", backbone=str(vit_run), max_steps="1")
     stage = begin("finetune", "photos", init=str(run), image_size=16)  # type: ignore[arg-type]
     assert "backbone; left: head (3 classes there" in stage.notes[0]
 
 
 def test_init__tables_of_relative_positions_of_a_segmenter_are_resampled(
-    images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    images: Path, codebook_run: Path, tmp_path: Path
 ) -> None:
     beit = {
         "model.name": "beit_base_patch16_224",
         "model.args": '{"patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 2, "init_values": 0.1}',
     }
     vit = train("pretrain", images, tmp_path / "beit", tokenizer=str(codebook_run), max_steps="1", **beit)
-    data = inputs("segment", codebook_run, vit_run)["data"]
+    data = shapes()
     run = train("segment", data, tmp_path / "run", backbone=str(vit), max_steps="1")
-    stage: Any = begin("segment", Path(data), init=str(run), image_size=32)
+    stage: Any = begin("segment", data, init=str(run), image_size=32)
     table = stage.model.pyramid.network.blocks[0].attn
     expected = checkpoint(run)["model.pyramid.network.blocks.0.attn.relative_position_bias_table"]
     assert len(table.relative_position_bias_table) == 15**2 + 3  # 8 x 8 patches

@@ -22,7 +22,7 @@ from pecobook.recipes import tokenize as tokenize_recipe
 from pecobook.settings import values
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.values import flag, replace
-from tests.runs import SMALL, inputs
+from tests.runs import SMALL
 
 Reads = set[tuple[type, str]]
 
@@ -129,17 +129,17 @@ def run(command: str, config: Any) -> None:
         api.run(command, config)
 
 
-def settings(command: str, out: Path, images: Path, codebook_run: Path, vit_run: Path, **more: Any) -> Any:
-    values = {"max_steps": "2", "out": str(out), "data": str(images), **inputs(command, codebook_run, vit_run)}
+def settings(command: str, out: Path, images: Path, needs: dict[str, str], **more: Any) -> Any:
+    values = {"max_steps": "2", "out": str(out), "data": str(images), **needs}
     return replace(recipe(command, "tiny"), {**SMALL[command], **values, **more})
 
 
 @pytest.mark.parametrize("command", list(RUNS))
-def test_every_setting_is_read(command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path) -> None:
+def test_every_setting_is_read(command: str, images: Path, needs: dict[str, str], tmp_path: Path) -> None:
     config_type = type(recipe(command, "tiny"))
     with recording(config_type) as reads:
         for number, more in enumerate(RUNS[command]):
-            run(command, settings(command, tmp_path / str(number), images, codebook_run, vit_run, **more))
+            run(command, settings(command, tmp_path / str(number), images, needs, **more))
     assert unread(config_type, reads) == list(EXCEPTIONS.get(command, {}))
 
 
@@ -166,8 +166,8 @@ class Planted(FinetuneConfig):
         values.between(self, 0, 1, "dead")
 
 
-def test_a_planted_dead_setting_is_found(images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path) -> None:
-    config = settings("finetune", tmp_path / "run", images, codebook_run, vit_run)
+def test_a_planted_dead_setting_is_found(images: Path, vit_run: Path, tmp_path: Path) -> None:
+    config = settings("finetune", tmp_path / "run", images, {"backbone": str(vit_run)})
     planted = Planted(**vars(config))
     with recording(Planted) as reads:
         run("finetune", planted)

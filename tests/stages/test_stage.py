@@ -23,7 +23,7 @@ from pecobook.settings.values import replace
 from pecobook.stages.classify import ClassifyStage
 from pecobook.stages.codebook import CodebookStage
 from pecobook.stages.training import preflight
-from tests.runs import SMALL, Squares, export_bytes, inputs, squares, train
+from tests.runs import SMALL, Squares, export_bytes, squares, train
 
 _EXPORT = {"model.safetensors", "model.safetensors.sha256", "config.json", "config.json.sha256", "README.md"}
 
@@ -39,15 +39,10 @@ FILES = {
 
 @pytest.mark.parametrize("command", list(FILES))
 def test_train__prints_code_that_loads_the_export(
-    command: str,
-    images: Path,
-    codebook_run: Path,
-    vit_run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a run"
-    settings: dict[str, Any] = {"data": str(images), **SMALL[command], **inputs(command, codebook_run, vit_run)}
+    settings: dict[str, Any] = {"data": str(images), **SMALL[command], **needs}
     assert getattr(api, command)("tiny", out=str(out), **{**settings, "max_steps": "2"}) == out
     assert set(export_bytes(out)) == FILES[command]
     stderr = capsys.readouterr().err
@@ -81,9 +76,9 @@ def test_train__prints_code_that_loads_the_export(
 
 @pytest.mark.parametrize("command", ["contrast", "pretrain", "finetune"])
 def test_train__a_run_is_a_backbone_of_other_commands(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path
 ) -> None:
-    run = train(command, images, tmp_path / "run", max_steps="1", **inputs(command, codebook_run, vit_run))
+    run = train(command, images, tmp_path / "run", max_steps="1", **needs)
     backbone = load_backbone(str(run))
     exported = load_file(run / "export" / "model.safetensors")
     state = backbone.network.state_dict()

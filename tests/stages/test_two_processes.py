@@ -16,7 +16,7 @@ from pecobook.engine import checkpoint
 from pecobook.errors import RunFolderError
 from pecobook.stages.codebook import CodebookStage
 from tests.distributed import TwoProcesses
-from tests.runs import SMALL, inputs, losses, train, without_norm
+from tests.runs import SMALL, losses, train, without_norm
 
 
 def train_on_each(rank: int, world_size: int, command: str, data: str, out: str, more: dict[str, Any]) -> None:
@@ -26,10 +26,10 @@ def train_on_each(rank: int, world_size: int, command: str, data: str, out: str,
 # Contrast is left out: on a CPU its BatchNorm sees half of the batch (on GPUs BatchNorm is synchronised).
 @pytest.mark.parametrize("command", ["codebook", "pretrain", "finetune"])
 def test_train__ddp_equals_one_process(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
     # A large epsilon keeps Adam from amplifying the rounding of gradients near zero.
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "3", "optim.eps": 1e-3}
+    more: dict[str, Any] = {**needs, "max_steps": "3", "optim.eps": 1e-3}
     if command != "codebook":
         more["drop_path"] = 0.0  # each process draws other numbers
     if command == "finetune":
@@ -114,9 +114,9 @@ def export_of(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("command", list(SMALL))
 def test_train__fsdp_equals_ddp_and_resumes(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
+    command: str, images: Path, needs: dict[str, str], tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "devices": "2", "max_steps": "4"}
+    more: dict[str, Any] = {**needs, "devices": "2", "max_steps": "4"}
     more |= {"save_every": 2}
     copied, sharded = tmp_path / "ddp", tmp_path / "fsdp"
     two_processes.run(train_on_each, command, str(images), str(copied), {**more, "strategy": "ddp"})

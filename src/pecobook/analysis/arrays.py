@@ -24,15 +24,12 @@ class Tokenizer(Protocol):
     @property
     def codebook(self) -> Tensor:
         """The codewords, float (K, D)."""
-        ...
 
     def encode(self, images: Tensor, /) -> Tensor:
         """Encode images, float (B, 3, H, W) in [0, 1], to codes, int64 (B, h, w)."""
-        ...
 
     def decode(self, codes: Tensor, /) -> Tensor:
         """Decode codes, int64 (B, h, w), to images, float (B, 3, H, W) in [0, 1]."""
-        ...
 
 
 class MaskedModel(Protocol):
@@ -43,7 +40,6 @@ class MaskedModel(Protocol):
 
         The rows of the logits are ordered by image, then by position in row-major order.
         """
-        ...
 
 
 def as_numpy(values: Array) -> NDArray[Any]:

@@ -9,7 +9,7 @@ Shapes: N images, codes int64 (N, h, w) with values in [0, K), M codewords in us
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pecobook.analysis.codebook_map import grid_cells, project_to_plane
-from pecobook.analysis.occurrences import ClassShare, class_shares, occurrences
+from pecobook.analysis.occurrences import ClassShare, Occurrences, occurrences
 from pecobook.analysis.reconstruction import float_parts
 
 _SIDE, _TILES = 1536, (16, 48)
@@ -67,13 +67,7 @@ class Atlas:
 
 
 def make_atlas(
-    images: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    *,
-    labels: Tensor | None = None,
-    classes: Sequence[str] = (),
-    seed: int = 0,
+    images: Tensor, codes: Tensor, codebook: Tensor, *, shares: Mapping[int, ClassShare] | None = None, seed: int = 0
 ) -> Atlas:
     """Arrange the codewords in use by the similarity of their vectors, and choose a patch for each.
 
@@ -83,43 +77,62 @@ def make_atlas(
         images: float (N, 3, H, W) in [0, 1], or uint8.
         codes: their codes, int64 (N, h, w).
         codebook: float (K, D).
-        labels: int64 (N,), or None.
-        classes: names of the labels.
+        shares: the classes of the codewords (see `class_shares`); None without labels.
         seed: seed of the arrangement. Equal arguments give equal atlases.
     """
-    K, (h, w) = len(codebook), codes.shape[1:]
-    positions = torch.bincount(torch.arange(h * w).repeat(len(codes)) * K + codes.flatten(), minlength=h * w * K)
-    positions = positions.reshape(h * w, K).T.reshape(K, h, w)
-    used = positions.sum((1, 2)).nonzero()[:, 0]
-    typical, colours = _typical_patches(images, codes, K)
-    patch, brightness = -(-images.shape[-1] // w), colours[used].mean(1).numpy()
-    order, columns, tile = arrange(codebook.detach().float().cpu()[used], brightness, patch, seed=seed)
-    used = used[order]
-    telling = class_shares(codes, labels, K, classes) if labels is not None else {}
-    return Atlas(
-        num_codewords=K,
-        columns=columns,
-        codewords=used.numpy(),
-        tiles=_tiles(images, typical[used], (h, w), tile),
-        counts=positions.sum((1, 2))[used].numpy(),
-        images=occurrences(codes, K).images_with[used.numpy()],
-        colours=(255 * colours[used]).round().to(torch.uint8).numpy(),
-        positions=positions[used].numpy(),
-        classes=tuple(telling.get(codeword) for codeword in used.tolist()),
+    typical, colours = _typical_patches(images, codes, len(codebook))
+    patch = -(-images.shape[-1] // codes.shape[2])
+    return arrange(
+        occurrences(codes, len(codebook)),
+        codebook,
+        255 * colours.numpy(),
+        patch,
+        lambda code, side: _tile(images, int(typical[code]), codes.shape[1:], side),
+        shares or {},
+        seed=seed,
     )
 
 
 def arrange(
-    vectors: Tensor, brightness: NDArray[np.float32], patch: int, *, seed: int = 0
-) -> tuple[NDArray[np.int64], int, int]:
-    """Arrange codewords (M, D), whose patches of `patch` pixels have a brightness (M,), by similarity.
+    found: Occurrences,
+    codebook: Tensor,
+    colours: NDArray[np.float32],
+    patch: int,
+    tile: Callable[[int, int], NDArray[np.uint8]],
+    shares: Mapping[int, ClassShare],
+    *,
+    seed: int = 0,
+) -> Atlas:
+    """Arrange codewords by the similarity of their vectors.
 
-    Returns:
-        their order, row by row, (M,); the width of the grid in cells; and the side of a tile in pixels.
+    Args:
+        found: the patches of all images.
+        codebook: float (K, D).
+        colours: mean colours of the codewords' patches, (K, 3) in 0..255.
+        patch: side of a patch in pixels.
+        tile: returns the tile (t, t, 3) of a codeword, given the codeword and t.
+        shares: the classes of the codewords.
+        seed: seed of the arrangement.
     """
-    cells = grid_cells(_turned(project_to_plane(vectors, seed=seed), brightness))
-    columns = int(cells[:, 1].max()) + 1
-    return np.lexsort((cells[:, 1], cells[:, 0])), columns, min(int(np.clip(_SIDE // columns, *_TILES)), patch)
+    used, num_places = np.flatnonzero(found.counts), found.grid[0] * found.grid[1]
+    plane = project_to_plane(codebook.detach().float().cpu()[torch.from_numpy(used)], seed=seed)
+    cells = grid_cells(_turned(plane, colours[used].mean(1)))
+    order, columns = np.lexsort((cells[:, 1], cells[:, 0])), int(cells[:, 1].max()) + 1
+    side = min(int(np.clip(_SIDE // columns, *_TILES)), patch)
+    pairs = np.searchsorted(used, found.codewords()) * num_places + found.patches % num_places
+    positions = np.bincount(pairs, minlength=len(used) * num_places).reshape(-1, *found.grid)
+    used = used[order]
+    return Atlas(
+        num_codewords=len(codebook),
+        columns=columns,
+        codewords=used,
+        tiles=np.stack([tile(code, side) for code in used.tolist()]),
+        counts=found.counts[used],
+        images=found.images_with[used],
+        colours=colours[used].round().astype(np.uint8),
+        positions=positions[order],
+        classes=tuple(shares.get(code) for code in used.tolist()),
+    )
 
 
 def _turned(plane: NDArray[np.float32], brightness: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -154,17 +167,13 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
     return torch.from_numpy(order)[first], mean.reshape(K, 3, -1).mean(2)
 
 
-def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) -> NDArray[np.uint8]:
-    """Cut patches (M,) out of images, and reduce them to tiles, (M, t, t, 3)."""
+def _tile(images: Tensor, patch: int, grid: tuple[int, ...], side: int) -> NDArray[np.uint8]:
+    """Cut a patch out of the images, given its number among those of all images, and reduce it to a tile."""
     (h, w), (height, width) = grid, images.shape[-2:]
-    tiles = []
-    for patch in patches.tolist():
-        image, position = divmod(patch, h * w)
-        row, column = divmod(position, w)
-        top, left = row * height // h, column * width // w
-        pixels = images[image, :, top : (row + 1) * height // h, left : (column + 1) * width // w]
-        tiles.append(tile_of(pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round(), side))
-    return np.stack(tiles)
+    image, row, column = (int(place) for place in np.unravel_index(patch, (len(images), h, w)))
+    top, left = row * height // h, column * width // w
+    pixels = images[image, :, top : (row + 1) * height // h, left : (column + 1) * width // w]
+    return tile_of(pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round(), side)
 
 
 def tile_of(pixels: Tensor, side: int) -> NDArray[np.uint8]:

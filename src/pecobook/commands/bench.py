@@ -46,7 +46,10 @@ def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
     check_new_file(config.out)
     pretraining = _settings(config)
     device = devices.device()
-    stage = _stage(config, pretraining).to(device).train()
+    torch.manual_seed(0)
+    stage = PretrainStage(pretraining, None if config.tokenizer else _random_tokenizer(config.recipe))
+    check_grids(pretraining, stage.model.backbone, stage.tokenizer)
+    stage.to(device).train()
     benchmark = Benchmark(config, pretraining, stage, device)
     with trainable_attention(device, pretraining.attention):
         parts = benchmark.part_seconds()
@@ -82,13 +85,6 @@ def _settings(config: BenchConfig) -> PretrainConfig:
     changes |= {"precision": config.precision, "tokenizer": config.tokenizer}
     settings: PretrainConfig = replace(recipe("pretrain", config.recipe), changes)
     return dataclasses.replace(settings, precision=resolve_precision(settings))  # type: ignore[arg-type]
-
-
-def _stage(config: BenchConfig, settings: PretrainConfig) -> PretrainStage:
-    torch.manual_seed(0)
-    stage = PretrainStage(settings, None if config.tokenizer else _random_tokenizer(config.recipe))
-    check_grids(settings, stage.model.backbone, stage.tokenizer)
-    return stage
 
 
 def _random_tokenizer(recipe_name: str) -> PerceptualTokenizer:
@@ -217,10 +213,10 @@ def matmul_peak(device: torch.device, precision: str, *, size: int = 0, seconds:
     size = size or (8192 if device.type == "cuda" else 1536)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
     a @ b
     devices.synchronize(device)
-    while time.perf_counter() < end:
+    best, end = 0.0, time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
         start = time.perf_counter()
         a @ b
         devices.synchronize(device)

@@ -63,7 +63,7 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> Path:
     )
     preflight.check(folder.check)
     if not config.runs:
-        preflight.check(_no_runs)
+        preflight.problems.append(ConfigError("Runs are missing: pecobook compare RUN [RUN ...] --out DIR."))
     runs = [preflight.check(partial(read_run, text)) for text in config.runs]
     preflight.finish()
     named = _named([run for run in runs if run is not None])
@@ -98,10 +98,6 @@ def read_run(text: str) -> Run:
     if not metrics:
         raise ConfigError(f"'{folder}' has logged nothing yet.")
     return Run(name or folder.name, _flat(settings), metrics)
-
-
-def _no_runs() -> None:
-    raise ConfigError("Runs are missing: pecobook compare RUN [RUN ...] --out DIR.")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

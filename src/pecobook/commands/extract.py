@@ -100,14 +100,13 @@ def extract(
     """
     parts: dict[str, _Rows] = {}
     labels: list[Tensor] = []
-    progress = Progress(total=min(max_images, len(source)), start=0, name=description, quiet=False)
-    for done, batch in central_crops(source, size, limit=max_images):
-        if "image" in batch:
-            for name, value in feature_function(to_float(batch["image"])).items():
-                parts.setdefault(name, _Rows(progress.total)).add(value)
-            labels += [batch["label"]] if "label" in batch else []
-        progress.show(done, {})
-    progress.close()
+    with Progress(total=min(max_images, len(source)), start=0, name=description, quiet=False) as progress:
+        for done, batch in central_crops(source, size, limit=max_images):
+            if "image" in batch:
+                for name, value in feature_function(to_float(batch["image"])).items():
+                    parts.setdefault(name, _Rows(progress.total)).add(value)
+                labels += [batch["label"]] if "label" in batch else []
+            progress.show(done, {})
     features = {name: rows.added() for name, rows in parts.items()}
     return features, None if source.labels is None else torch.cat(labels)
 

@@ -23,16 +23,4 @@ class Step(NamedTuple):
 
 OnStep: TypeAlias = Callable[[Step], object]
 
-
-class Hook:
-    """Calls `on_step`, if there is one; an error in it ends the run as an error of a step does."""
-
-    def __init__(self, on_step: OnStep | None) -> None:
-        self.on_step = on_step
-        self.logged: tuple[int, dict[str, float]] = (0, {})
-        """The last step that was logged, and what it logged."""
-
-    def after(self, step: int, total: int, model: nn.Module) -> None:
-        """Tell of a step."""
-        if self.on_step is not None:
-            self.on_step(Step(step, total, model, self.logged[1] if self.logged[0] == step else {}))
+"""Called after each optimizer step; an error in it ends the run as an error of a step does."""

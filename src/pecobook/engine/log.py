@@ -253,14 +253,19 @@ def open_text_log(folder: Path) -> logging.Logger:
     logger = logging.getLogger(f"pecobook.{folder.resolve()}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    for handler in list(logger.handlers):
-        handler.close()
-        logger.removeHandler(handler)
+    close_text_log(logger)
     handler = logging.FileHandler(folder / "train.log")
     handler.setFormatter(_Printable("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     write_notes_to(logger.info)
     return logger
+
+
+def close_text_log(logger: logging.Logger) -> None:
+    """Close the files of a logger."""
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
 
 
 class _Printable(logging.Formatter):
@@ -345,6 +350,12 @@ class Progress:
         elif time_now - self._last_line > wait or step == self.total:
             self._last_line = time_now
             show("  ".join(part for part in (f"{self.name} {step}/{self.total}", self._status, left) if part))
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop the bar and leave it on the screen."""

@@ -26,9 +26,9 @@ from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.feed import Feed
 from pecobook.engine.finite_check import FiniteCheck
-from pecobook.engine.hooks import Hook, OnStep
+from pecobook.engine.hooks import OnStep, Step
 from pecobook.engine.launch import deterministic, device_count, micro_batch_size, num_workers
-from pecobook.engine.log import JsonLines, Progress, Sink, flush, open_sinks, open_text_log
+from pecobook.engine.log import JsonLines, Progress, Sink, close_text_log, flush, open_sinks, open_text_log
 from pecobook.engine.memory import gpu_memory, out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.probing import Probe
@@ -92,7 +92,7 @@ def fit(
     """
     loop = Loop(fabric, stage, train, evaluation, reference, config, command, flop)
     loop.sinks += [Curves(loop.out, draw)] if draw is not None and loop.sinks else []
-    loop.hook = Hook(on_step)
+    loop.on_step = on_step
     if probe is not None:
         loop.probe = probe(loop.start, loop.total)
     for line in preamble:
@@ -116,11 +116,11 @@ class Loop:
     ) -> None:
         self.fabric, self.stage, self.config, self.optim = fabric, stage, config, config.optim
         self.train, self.evaluation, self.reference, self.out = train, evaluation, reference, Path(config.out)
-        count, batch = len(train), config.batch_size
-        self.total = steps(config.max_steps, num_images=count, batch_size=batch)
-        self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
-        self.warmup_warning = warmup_warning(config.optim, total=self.total, num_images=count, batch_size=batch)
-        self.cooldown = cooldown_start(config.optim, total=self.total, num_images=count, batch_size=batch)
+        sizes: dict[str, Any] = {"num_images": len(train), "batch_size": config.batch_size}
+        self.total = steps(config.max_steps, **sizes)
+        self.schedule = learning_rates(config.optim, total=self.total, **sizes)
+        self.warmup_warning = warmup_warning(config.optim, total=self.total, **sizes)
+        self.cooldown = cooldown_start(config.optim, total=self.total, **sizes)
         self.micro = micro_batch_size(config)
         self.workers = num_workers(config)
         self.model = prepare_module(fabric, stage, config)
@@ -138,7 +138,7 @@ class Loop:
         self.speed = Speed(
             self.start,
             time.monotonic(),
-            batch_size=batch,
+            batch_size=config.batch_size,
             flop=flop,
             device=fabric.device,
             num_devices=fabric.world_size,
@@ -148,7 +148,9 @@ class Loop:
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
         self.sinks, self.skipped, self.last_metrics = list[Sink](), Skipped(None), dict[str, float]()
-        self.hook, self._warned, self._advised, self._evaluating = Hook(None), False, False, False
+        self.on_step: OnStep | None = None
+        self._logged: tuple[int, dict[str, float]] = (0, {})  # the last step that was logged, and what it logged
+        self._warned = self._advised = self._evaluating = False
         if not quiet:
             settings, sent = to_dict(config), config.tracking
             self.sinks = open_sinks(config.loggers, self.out, settings, start_step=self.start, tracking=sent)
@@ -164,7 +166,14 @@ class Loop:
         try:
             kernels = deterministic(self.fabric.device, self.config.deterministic, one_size=self.stage.has_one_size)
             with Signals() as signals, kernels:
-                positions = self._positions(self.start, self.total)
+                positions = BatchPositions(
+                    start_step=self.start,
+                    stop_step=self.total,
+                    batch_size=self.config.batch_size,
+                    micro_batch_size=self.micro,
+                    rank=self.fabric.global_rank,
+                    world_size=self.fabric.world_size,
+                )
                 loaded = load(self.train, positions, workers=self.workers, device=self.fabric.device)
                 batches = Feed(loaded, self.fabric.device, self.speed, self.skipped)
                 self._saved_at = time.monotonic()
@@ -175,7 +184,9 @@ class Loop:
                 while step < self.total:
                     stop = self.step_once(step, batches, signals)
                     step += 1
-                    self.hook.after(step, self.total, self.stage)
+                    if self.on_step is not None:
+                        logged = self._logged[1] if self._logged[0] == step else {}
+                        self.on_step(Step(step, self.total, self.stage, logged))
                     self._save_if_due(step, stop)  # before an evaluation, which may fail
                     if is_time(step, self.config.sample_every, self.total):
                         self._evaluate(step)
@@ -304,7 +315,7 @@ class Loop:
         return values
 
     def _report(self, step: int, values: dict[str, float]) -> None:
-        self.hook.logged = step, values
+        self._logged = step, values
         self.progress.show(step, {**(self.probe.last if self.probe else {}), **values}, now=step <= self.start + 2)
         for sink in self.sinks:
             sink.log(values, step)
@@ -376,16 +387,6 @@ class Loop:
             )
             self._saved_at = time.monotonic()
 
-    def _positions(self, start: int, stop: int) -> BatchPositions:
-        return BatchPositions(
-            start_step=start,
-            stop_step=stop,
-            batch_size=self.config.batch_size,
-            micro_batch_size=self.micro,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-        )
-
     def _close(self) -> None:
         self.progress.close()
         if (number := len(self.skipped)) and self.sinks:
@@ -394,6 +395,4 @@ class Loop:
             sink.close()
         if self.sinks:
             write_notes_to(None)
-            for handler in list(self.text.handlers):
-                handler.close()
-                self.text.removeHandler(handler)
+            close_text_log(self.text)

@@ -171,6 +171,11 @@ def _backbone(source: str, others: Mapping[str, Any]) -> tuple[str, str]:
     return model["name"].removeprefix("timm:"), model["args"]
 
 
+def _own_network(config: Any) -> _Pass:
+    """Count the network of --model."""
+    return _count(_timm, config.image_size, 3, config.model.name, config.model.args, config.image_size)
+
+
 def _part(model: AutoencoderConfig, number: int, features: int) -> nn.Module:
     return build_autoencoder(model, features)[number]
 
@@ -189,26 +194,16 @@ def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
     """Return the operations with which a tokenizer encodes an image. Raises LookupError for an unknown tokenizer."""
     if source.startswith("dalle:"):
         return _count(_Logits, size, 3).flop
-    return _encoder(_autoencoder_of(source, others), size).flop
-
-
-def _autoencoder_of(source: str, others: Mapping[str, Any]) -> AutoencoderConfig:
-    """Return the settings of the autoencoder of a codebook run. Raises LookupError for another tokenizer."""
     if source in others:
-        model: AutoencoderConfig = others[source].model
-        return model
-    return replace(AutoencoderConfig(), (read_if_valid(Path(source) / "config.json") or {})["model"])
+        return _encoder(others[source].model, size).flop
+    settings = (read_if_valid(Path(source) / "config.json") or {})["model"]
+    return _encoder(replace(AutoencoderConfig(), settings), size).flop
 
 
 class _Logits(DalleTokenizer):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.logits(images)
         return logits
-
-
-def _contrast(config: Any, _others: Mapping[str, Any]) -> float:
-    network = _count(_timm, config.image_size, 3, config.model.name, config.model.args, config.image_size)
-    return 8 * network.flop  # two views, each forward and back, and forward through the slow encoder
 
 
 def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
@@ -250,11 +245,10 @@ class _VisibleOnly(nn.Module):
 
 
 def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
-    arguments = config.model.name, config.model.args, config.image_size
+    network = _own_network(config)
     if config.visible_only:
-        network = _count(_VisibleOnly, config.image_size, 3, *arguments, config.decoder, config.mask.num_masked)
-    else:
-        network = _count(_timm, config.image_size, 3, *arguments)
+        arguments = config.model.name, config.model.args, config.image_size, config.decoder, config.mask.num_masked
+        network = _count(_VisibleOnly, config.image_size, 3, *arguments)
     flop = 3 * network.flop
     if config.target == "tokens" and not config.tokens and config.tokenizer:
         flop += _tokenizer(config.tokenizer, config.tokenizer_size or config.image_size, others)
@@ -293,11 +287,10 @@ class _Detection(nn.Module):
     def __init__(self, name: str, args: str, config: DetectConfig) -> None:
         super().__init__()
         pyramid, settings = _pyramid(name, args, config)
-        classes = ("",) * _CLASSES
         self.model = Detector(
             pyramid,
             settings,
-            classes=classes,
+            classes=("",) * _CLASSES,
             category_ids=range(_CLASSES),
             masks=config.masks,
             sides=config.sides,
@@ -315,13 +308,9 @@ class _Detection(nn.Module):
 
 
 def _pyramid(name: str, args: str, config: SegmentConfig | DetectConfig) -> tuple[FeaturePyramid, dict[str, Any]]:
-    network = {
-        "name": name,
-        "args": BackboneConfig(name=name, args=args).kwargs(),
-        "mean": (0.0,) * 3,
-        "std": (1.0,) * 3,
-    }
-    settings = {**network, "image_size": config.image_size, "window": config.pyramid.window}
+    arguments = BackboneConfig(name=name, args=args).kwargs()
+    settings: dict[str, Any] = {"name": name, "args": arguments, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    settings |= {"image_size": config.image_size, "window": config.pyramid.window}
     return rebuild_pyramid(settings), settings
 
 
@@ -334,7 +323,8 @@ def _dense(config: SegmentConfig | DetectConfig, others: Mapping[str, Any]) -> _
 
 
 _PER_IMAGE: dict[str, Callable[[Any, Mapping[str, Any]], float]] = {
-    "contrast": _contrast,
+    # Two views, each forward and back, and forward through the slow encoder.
+    "contrast": lambda config, _: 8 * _own_network(config).flop,
     "codebook": _codebook,
     "pretrain": _pretrain,
     "finetune": lambda config, others: 3 * _finetuned(config, others).flop,
@@ -357,8 +347,7 @@ def _training(command: str, config: Any, others: Mapping[str, Any]) -> tuple[flo
     elif command in ("segment", "detect"):
         parameters = _dense(config, others).parameters
     else:
-        model = config.model
-        parameters = _count(_timm, config.image_size, 3, model.name, model.args, config.image_size).parameters
+        parameters = _own_network(config).parameters
     # Weights and two moments in each checkpoint, the slow encoder of `contrast`, and the export; 4 bytes each.
     copies = config.keep_checkpoints * (4 if command == "contrast" else 3) + 1
     flop = _PER_IMAGE[command](config, others) * int(config.max_steps) * config.batch_size

@@ -15,28 +15,22 @@ from torch import Tensor
 
 from pecobook.errors import WeightsError
 
-# Names in timm and in transformers, for weights that are only renamed; {i} is the number of a block.
+# Names in timm and in transformers, for layers and weights that are only renamed; {i} is the number of a block.
 _HUGGINGFACE_NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "rel_pos_bias.relative_position_bias_table": "shared_position_bias.relative_position_bias_table",
     "blocks.{i}.gamma_1": "layers.{i}.lambda_1",
     "blocks.{i}.gamma_2": "layers.{i}.lambda_2",
-    "blocks.{i}.norm1.weight": "layers.{i}.layernorm_before.weight",
-    "blocks.{i}.norm1.bias": "layers.{i}.layernorm_before.bias",
-    "blocks.{i}.norm2.weight": "layers.{i}.layernorm_after.weight",
-    "blocks.{i}.norm2.bias": "layers.{i}.layernorm_after.bias",
+    "blocks.{i}.norm1": "layers.{i}.layernorm_before",
+    "blocks.{i}.norm2": "layers.{i}.layernorm_after",
     "blocks.{i}.attn.relative_position_bias_table": ("layers.{i}.relative_position_bias.relative_position_bias_table"),
     "blocks.{i}.attn.q_bias": "layers.{i}.attention.q_proj.bias",
     "blocks.{i}.attn.v_bias": "layers.{i}.attention.v_proj.bias",
-    "blocks.{i}.attn.proj.weight": "layers.{i}.attention.o_proj.weight",
-    "blocks.{i}.attn.proj.bias": "layers.{i}.attention.o_proj.bias",
-    "blocks.{i}.mlp.fc1.weight": "layers.{i}.mlp.fc1.weight",
-    "blocks.{i}.mlp.fc1.bias": "layers.{i}.mlp.fc1.bias",
-    "blocks.{i}.mlp.fc2.weight": "layers.{i}.mlp.fc2.weight",
-    "blocks.{i}.mlp.fc2.bias": "layers.{i}.mlp.fc2.bias",
+    "blocks.{i}.attn.proj": "layers.{i}.attention.o_proj",
+    "blocks.{i}.mlp.fc1": "layers.{i}.mlp.fc1",
+    "blocks.{i}.mlp.fc2": "layers.{i}.mlp.fc2",
 }
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -80,12 +74,16 @@ def beit_to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if name.endswith(("k_bias", "relative_position_index")):  # zeros, and a table of indices
             continue
-        pattern, number = _split_block_number(name, "blocks")
+        number = match[1] if (match := re.match(r"blocks\.(\d+)\.", name)) else ""
+        pattern = re.sub(r"^blocks\.\d+", "blocks.{i}", name)
+        layer, _, kind = pattern.rpartition(".")
         if pattern == "blocks.{i}.attn.qkv.weight":
             for part, matrix in zip(_PROJECTIONS, value.chunk(3), strict=True):
                 renamed[f"layers.{number}.attention.{part}.weight"] = matrix.contiguous()
         elif pattern in _HUGGINGFACE_NAMES:
             renamed[_HUGGINGFACE_NAMES[pattern].replace("{i}", number)] = value
+        elif layer in _HUGGINGFACE_NAMES and kind in ("weight", "bias"):
+            renamed[f"{_HUGGINGFACE_NAMES[layer]}.{kind}".replace("{i}", number)] = value
         elif name.startswith(("norm.", "fc_norm.")):
             renamed[f"layernorm.{name.rpartition('.')[2]}"] = value
         elif name.startswith("head."):
@@ -120,12 +118,6 @@ def is_huggingface(state: dict[str, Tensor]) -> bool:
     return any(re.search(r"\.attention\.(attention\.query|q_proj)\.weight$", name) for name in state) and any(
         "embeddings." in name for name in state
     )
-
-
-def _split_block_number(name: str, prefix: str) -> tuple[str, str]:
-    """Split `blocks.3.norm1.bias` into (`blocks.{i}.norm1.bias`, `3`); for other names the number is empty."""
-    match = re.match(rf"{prefix}\.(\d+)\.", name)
-    return (name.replace(f"{prefix}.{match[1]}.", f"{prefix}.{{i}}.", 1), match[1]) if match else (name, "")
 
 
 def beit_config(state: dict[str, Tensor], *, image_size: int, patch_size: int, num_heads: int) -> dict[str, Any]:

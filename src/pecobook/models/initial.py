@@ -101,8 +101,8 @@ def start_backbone(network: nn.Module, source: str, *, name: str, args: dict[str
     start = _start(source, loaded.mean, loaded.std, *loaded.notes)
     if not source.startswith("timm:"):
         settings = read_settings(source)
-        size, has_table = settings.get("image_size"), _has_position_table(network)
-        if size and size != image_size and has_table:
+        size, tables = settings.get("image_size"), ("pos_embed", "relative_position_bias_table")
+        if size and size != image_size and any(name.endswith(tables) for name in network.state_dict()):
             start.taken = [f"backbone, its positions resampled from {size} to {image_size} pixels"]
         start.left = ["head"] if settings.get("classes") else []
     return start
@@ -110,10 +110,6 @@ def start_backbone(network: nn.Module, source: str, *, name: str, args: dict[str
 
 def _start(source: str, mean: tuple[float, ...], std: tuple[float, ...], *lines: str) -> Start:
     return Start(source, ["backbone"], mean=mean, std=std, lines=lines)
-
-
-def _has_position_table(network: nn.Module) -> bool:
-    return any(name.endswith(("pos_embed", "relative_position_bias_table")) for name in network.state_dict())
 
 
 # ------------------------------------------------------------------------------------------- weights beside the network
@@ -154,7 +150,7 @@ def take_parts(
     own = module.state_dict()
     parts = dict.fromkeys(name.partition(".")[0] for name in [*own, *state])
     for part in [part for part in parts if part not in skip]:
-        ours, theirs = _of_part(own, part), _of_part(state, part)
+        ours, theirs = ({n: v for n, v in every.items() if n.partition(".")[0] == part} for every in (own, state))
         if ours and theirs and not misfits(theirs, ours):
             own |= theirs
             start.taken.append(rename + part)
@@ -165,10 +161,6 @@ def take_parts(
         else:
             start.left.append(f"{rename}{part} (not part of this training)")
     module.load_state_dict(own)
-
-
-def _of_part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if name.partition(".")[0] == part}
 
 
 def _first_misfit(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
@@ -308,14 +300,11 @@ def start_dense(model: nn.Module, source: str, kind: str, classes: Sequence[str]
     model.load_state_dict({**own, **fitting})
     start = Start(source, [f"{len(fitting)} of {len(own)} tensors"])
     parts = dict.fromkeys(name.rpartition(".")[0] for name in own if name not in fitting)
-    start.left = [f"{part} ({'another shape' if _of_module(state, part) else 'not in it'})" for part in parts]
+    there = {name.rpartition(".")[0] for name in state}
+    start.left = [f"{part} ({'another shape' if part in there else 'not in it'})" for part in parts]
     if tuple(settings["classes"]) != tuple(classes):
         start.lines = (f"--init: its classes were {', '.join(settings['classes'])[:200]}",)
     return start
-
-
-def _of_module(state: dict[str, Tensor], module: str) -> bool:
-    return any(name.startswith(f"{module}.") for name in state)
 
 
 # --------------------------------------------------------------------------------------------------- masked image model

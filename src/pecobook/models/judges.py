@@ -76,8 +76,7 @@ def load_inception(file: str = "") -> Inception:
         except (RuntimeError, TypeError, AttributeError) as error:
             text = f"'{path}' holds no weights of FID's Inception ({first_line(error).rstrip(':')})."
             raise WeightsError(f"{text} Give {INCEPTION_FILES[1]}.") from None
-    weights = _weights_file(path)
-    return Inception(network.eval(), weights._replace(original=weights.sha256 == INCEPTION_SHA256))
+    return Inception(network.eval(), _weights_file(path, INCEPTION_SHA256))
 
 
 def load_lpips(network: str, file: str = "") -> tuple[nn.Module, WeightsFile]:
@@ -109,14 +108,14 @@ def load_lpips(network: str, file: str = "") -> tuple[nn.Module, WeightsFile]:
     # lpips cuts the features into slices and keeps the number of each layer.
     named = {key: features[key.partition(".")[2]] for key in module.net.state_dict()}
     module.net.load_state_dict(named)
-    weights = _weights_file(path)
-    start = Path(published).stem.rpartition("-")[2]
-    return module.eval().requires_grad_(False), weights._replace(original=weights.sha256.startswith(start))
+    return module.eval().requires_grad_(False), _weights_file(path, Path(published).stem.rpartition("-")[2])
 
 
-def _weights_file(path: Path) -> WeightsFile:
+def _weights_file(path: Path, start: str) -> WeightsFile:
+    """Return a file with its hash; with `start` the hash of the original begins."""
     with path.open("rb") as opened:
-        return WeightsFile(path.name, hashlib.file_digest(opened, "sha256").hexdigest(), False)
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return WeightsFile(path.name, digest, digest.startswith(start))
 
 
 def _downloaded(names: tuple[str, ...], url: str, flag: str) -> Path:

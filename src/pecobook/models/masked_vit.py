@@ -144,33 +144,27 @@ class _LastBlock:
         self.positions: Tensor | None = None
         block: Any = backbone.blocks[-1]  # type: ignore[index]
         self.block = block
-        forwards = {beit.Block: self._beit_forward, vision_transformer.Block: self._vit_forward}
-        forward = forwards.get(type(block))
-        self.is_supported = forward is not None
-        if forward is not None:
+        self.is_beit = type(block) is beit.Block
+        self.is_supported = self.is_beit or type(block) is vision_transformer.Block
+        if self.is_supported:
             self._original_forward = block.forward
-            block.forward = forward
+            block.forward = self._forward
 
-    def _select(self, x: Tensor) -> Tensor:
-        """Select tokens (B, N, D) at `positions`: (B, M, D)."""
-        assert self.positions is not None
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return x[rows, self.positions]
-
-    def _vit_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.positions is None:
             return self._original_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         block = self.block
-        x = self._select(x + block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs))))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
+        added = block.attn(block.norm1(x), *args, **kwargs)
+        x = x + block.drop_path1(self._scaled(added, 1))
+        x = x[torch.arange(len(x), device=x.device)[:, None], self.positions]  # (B, M, D)
+        return x + block.drop_path2(self._scaled(block.mlp(block.norm2(x)), 2))  # type: ignore[no-any-return]
 
-    def _beit_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.positions is None:
-            return self._original_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        block = self.block
-        scale1, scale2 = (1.0, 1.0) if block.gamma_1 is None else (block.gamma_1, block.gamma_2)
-        x = self._select(x + block.drop_path1(scale1 * block.attn(block.norm1(x), *args, **kwargs)))
-        return x + block.drop_path2(scale2 * block.mlp(block.norm2(x)))  # type: ignore[no-any-return]
+    def _scaled(self, added: Tensor, branch: int) -> Tensor:
+        """Apply LayerScale, which is a module of a ViT and a weight of a BEiT."""
+        if not self.is_beit:
+            return getattr(self.block, f"ls{branch}")(added)  # type: ignore[no-any-return]
+        gamma = getattr(self.block, f"gamma_{branch}")
+        return added if gamma is None else gamma * added
 
 
 class VisibleOnlyModel(nn.Module):

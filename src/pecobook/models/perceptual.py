@@ -126,8 +126,7 @@ class PerceptualDistance(nn.Module):
 
     def per_layer(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the terms of equation 4: two float (B, 3, H, W) in [0, 1] to (L, B). Gradients flow to both images."""
-        pairs = zip(self.features(x), self.features(y), strict=True)
-        return torch.stack([(a - b).square().mean((1, 2, 3)) for a, b in pairs])
+        return _terms(self.features(x), self.features(y))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distance of equation 4: two float (B, 3, H, W) in [0, 1] to (B,)."""
@@ -143,8 +142,12 @@ class PerceptualDistance(nn.Module):
         Returns:
             (B,).
         """
-        terms = [(a - b).square().mean((1, 2, 3)) for a, b in zip(target, self.features(y), strict=True)]
-        return torch.stack(terms).sum(0)
+        return _terms(target, self.features(y)).sum(0)
+
+
+def _terms(target: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Return the terms of equation 4 of two lists of L features, (L, B)."""
+    return torch.stack([(a - b).square().mean((1, 2, 3)) for a, b in zip(target, other, strict=True)])
 
 
 def _network_of(name: str) -> str | nn.Module:

@@ -7,7 +7,6 @@ token and the position table, which are fp32 weights, promote the patches, and L
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +28,10 @@ def keep_residuals_low(blocks: Iterable[nn.Module] | None, name: str) -> None:
     if not blocks or not all(hasattr(block, "drop_path1") and hasattr(block, "drop_path2") for block in blocks):
         raise WeightsError(f"--residual bf16 is for ViTs and BEiTs; '{name}' has other blocks: leave it out.")
     for block in blocks:
-        block.register_forward_pre_hook(_cast_input)
+        block.register_forward_pre_hook(lambda _block, inputs: (_cast(inputs[0]), *inputs[1:]))
         for branch in (block.drop_path1, block.drop_path2):  # the last module of what a block adds
-            branch.register_forward_hook(_cast_output)  # type: ignore[union-attr]
+            branch.register_forward_hook(lambda _branch, _inputs, added: _cast(added))  # type: ignore[union-attr]
 
 
 def _cast(tokens: Tensor) -> Tensor:
     return tokens.to(torch.bfloat16) if torch.is_autocast_enabled(tokens.device.type) else tokens
-
-
-def _cast_input(_block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (_cast(inputs[0]), *inputs[1:])
-
-
-def _cast_output(_branch: nn.Module, _inputs: Any, added: Tensor) -> Tensor:
-    return _cast(added)

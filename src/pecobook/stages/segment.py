@@ -163,13 +163,9 @@ class SegmentStage(Stage[SegmentConfig]):
             if not cast("SegmentationSource", splits.train).mask_classes.names:
                 raise ConfigError("--no-verify needs the classes: give --classes FILE or --mask-values.")
             return verify(splits, limit=_SAMPLED_MASKS).splits
-        progress = Progress(
-            total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=not is_leader()
-        )
-        try:
+        total = len(splits.train) + len(splits.evaluation)
+        with Progress(total=total, start=0, name="masks", quiet=not is_leader()) as progress:
             checked = verify(splits, lambda done: progress.show(done, {}))
-        finally:
-            progress.close()
         if checked.problems and not config.skip_bad:
             raise DataError(
                 f"--data '{config.data}':\n{listed(checked.problems)}\n{checked.hint}"

@@ -26,7 +26,8 @@ def test_verify__two_named_classes_and_masks_of_0_and_255(tmp_path: Path) -> Non
     source = train_of(result)
     truth = np.asarray(Image.open(root / str(source.identify_mask(0)))) == 255
     assert np.array_equal(source.sample(0)[1].numpy(), truth)
-    assert result.counts[0].classes["fg"] == sum((shape(number)[1] == 1).sum() for number in range(12))
+    assert source.counts is not None
+    assert source.counts.classes["fg"] == sum((shape(number)[1] == 1).sum() for number in range(12))
     assert result.fault == ""
     sampled = verify(open_segmentation(str(root)), limit=3)  # as with --no-verify
     assert (train_of(sampled).mask_classes, len(sampled.splits.train)) == (source.mask_classes, 12)

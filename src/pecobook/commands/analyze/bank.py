@@ -36,7 +36,7 @@ class Occurrences:
     """Number of images with the codeword."""
     positions: NDArray[np.int64] = field(repr=False, compare=False)
     """Number of occurrences at each position of the code grid, (h, w)."""
-    drawn: tuple[tuple[int, int, int, int], ...]
+    drawn: tuple[tuple[int, ...], ...]
     """(image, view, row, column), one position per image, in random order."""
 
 
@@ -98,15 +98,10 @@ def find_occurrences(
             codeword,
             sample.images,
             sample.counts.reshape(shape).sum(0),
-            tuple((image, *_unravel(position, shape)) for _, image, position in sample.drawn),
+            tuple((image, *map(int, np.unravel_index(position, shape))) for _, image, position in sample.drawn),
         )
         for codeword, sample in zip(codewords, samples, strict=True)
     ]
-
-
-def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    view, row, column = np.unravel_index(position, shape)
-    return int(view), int(row), int(column)
 
 
 class _Sample:

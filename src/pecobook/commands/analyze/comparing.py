@@ -118,14 +118,11 @@ def probe_comparisons(results: Results) -> Section:
         text += (
             f"\n\n{_POSITION_REMOVED} In the other two probes of codes, codewords that are bound to one position help."
         )
-    chart = probe_chart(results)
-    charts: tuple[Picture, ...] = ()
-    if chart is not None:
-        caption = (
-            "Accuracy on test images with one standard error of sampling to each side. Two accuracies on the "
-            "same images are compared in pairs, which shows more than whether their bars overlap."
-        )
-        charts = (Picture(chart, caption, "Chart of probe accuracies: " + _scores_as_text(results)),)
+    caption = (
+        "Accuracy on test images with one standard error of sampling to each side. Two accuracies on the "
+        "same images are compared in pairs, which shows more than whether their bars overlap."
+    )
+    charts = _chart_picture(results, caption, tuple(PERCENT_METRICS))
     return Section("Probe accuracy of the codebooks", text, charts, _comparison_table(results))
 
 
@@ -144,19 +141,19 @@ def probe_chart(results: Results, metrics: Collection[str] = tuple(PERCENT_METRI
 def leading_chart(results: Results) -> tuple[Picture, ...]:
     """Return the chart of the probe that decides, and of the plain probes where no other section shows them."""
     metrics = [deciding_probe(results)] if "comparisons" in results else ["crossed_probe", "codeword_probe"]
+    return _chart_picture(
+        results, "Accuracy on held-out images, with one standard error of sampling to each side.", metrics
+    )
+
+
+def _chart_picture(results: Results, caption: str, metrics: Collection[str]) -> tuple[Picture, ...]:
+    """Return the chart of the probes, with its numbers as text; nothing where `probe_chart` draws none."""
     chart = probe_chart(results, metrics)
-    if chart is None:
-        return ()
-    caption = "Accuracy on held-out images, with one standard error of sampling to each side."
-    return (Picture(chart, caption, "Chart of probe accuracies: " + _scores_as_text(results, metrics)),)
-
-
-def _scores_as_text(results: Results, metrics: Collection[str] = tuple(PERCENT_METRICS)) -> str:
     parts = [
         f"{title}: {', '.join(f'{name} {value:.1f}%' for name, value in by_name.items())}"
         for title, by_name in _accuracies(results, metrics).items()
     ]
-    return "; ".join(parts) + "."
+    return () if chart is None else (Picture(chart, caption, f"Chart of probe accuracies: {'; '.join(parts)}."),)
 
 
 def _accuracies(results: Results, metrics: Collection[str]) -> dict[str, dict[str, float]]:

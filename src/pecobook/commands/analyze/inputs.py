@@ -65,7 +65,8 @@ def open_inputs(config: AnalyzeConfig) -> AnalysisInputs:
     classifier = None
     if config.classifier and splits is not None:
         classifier = preflight.check(partial(open_classifier, config, splits))
-    distance = preflight.check(lambda: open_distance(config, _sizes(tokenizers))) if config.perceptual else None
+    sizes = {tokenizer_input.name: tokenizer_input.tokenizer.image_size for tokenizer_input in tokenizers}
+    distance = preflight.check(lambda: open_distance(config, sizes)) if config.perceptual else None
     judgements = preflight.check(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
     preflight.finish()
     assert splits is not None
@@ -101,10 +102,6 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
         index = fingerprints.index(bank.config["tokenizer"])
         inputs = [*inputs[:index], dataclasses.replace(inputs[index], bank=bank), *inputs[index + 1 :]]
     return inputs
-
-
-def _sizes(inputs: list[TokenizerInput]) -> dict[str, int]:
-    return {tokenizer_input.name: tokenizer_input.tokenizer.image_size for tokenizer_input in inputs}
 
 
 def open_distance(config: AnalyzeConfig | EvaluateConfig, sizes: Mapping[str, int]) -> PerceptualDistance:

@@ -78,7 +78,7 @@ def pictures_of(
     if len(chosen) > 1:
         patches = code_gallery(images, codes, codewords=len(chosen), patches=6, seed=seed, chosen=chosen)
         pictures["neighbours"] = draw.gallery_picture(patches)
-    atlas = make_atlas(images, codes, codebook, labels=labels, classes=classes, seed=seed)
+    atlas = make_atlas(images, codes, codebook, shares=shares, seed=seed)
     return pictures | {"atlas": atlas_picture(atlas)}, atlas
 
 

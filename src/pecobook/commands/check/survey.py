@@ -62,22 +62,20 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
         workers: number of processes; -1 takes one for each core.
     """
     total = len(splits.train) + len(splits.evaluation)
-    progress = Progress(total=total, start=0, name="check", quiet=False)
     sources = (splits.train, splits.evaluation)
     censuses = [Census.of(source) for source in sources]
     digests: list[Hashes] = [np.zeros(len(source), np.uint64) for source in sources]
     done = 0
     try:
-        for source, census, hashes in zip(sources, censuses, digests, strict=True):
-            for index, seen in enumerate(_looks(source, workers)):
-                census.add(seen, keep=NUM_NAMES)
-                hashes[index] = seen.digest or 0
-                progress.show(done := done + 1, {})
+        with Progress(total=total, start=0, name="check", quiet=False) as progress:
+            for source, census, hashes in zip(sources, censuses, digests, strict=True):
+                for index, seen in enumerate(_looks(source, workers)):
+                    census.add(seen, keep=NUM_NAMES)
+                    hashes[index] = seen.digest or 0
+                    progress.show(done := done + 1, {})
     except RuntimeError as error:  # a process that the system ended, for want of memory for example
         text = f"A process that reads images ended near image {done:,} of {total:,}: {first_line(error)}"
         raise DataError(f"{text.rstrip('.')}.\nGive --workers 1 to read in one process.") from error
-    finally:
-        progress.close()
     repeats, boxes = _Repeats(splits, *digests), _compare_boxes(splits)
     lines = describe(splits, censuses[0], evaluation=censuses[1])
     if labels:  # `_empty_classes` says what these notes say

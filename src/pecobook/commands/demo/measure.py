@@ -82,7 +82,7 @@ def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], d
         "num_train": len(images.train),
         "num_test": len(images.test),
         "num_classes": len(splits.train.classes or ()) if images.train_labels is not None else 0,
-        "chance": _chance(images.test_labels),
+        "chance": None if (labels := images.test_labels) is None else _most_frequent(labels),
         "num_codewords": tokenizers[0]["num_codewords"],
         "comparisons": _comparisons(measured, probes),
         "masked_prediction": predictions.records,
@@ -188,8 +188,6 @@ def _comparisons(measured: dict[str, TokenizerMetrics], probes: dict[str, Probes
     return comparisons
 
 
-def _chance(labels: Tensor | None) -> float | None:
+def _most_frequent(labels: Tensor) -> float:
     """Return the accuracy in percent of always predicting the most frequent class."""
-    if labels is None:
-        return None
     return round(100 * float(torch.bincount(labels).max()) / len(labels), 3)

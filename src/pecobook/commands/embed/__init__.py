@@ -133,9 +133,9 @@ def _parts(sources: list[ImageSource], batch_size: int) -> list[_Part]:
 def _write_parts(config: EmbedConfig, features: Features, folder: Path, parts: list[_Part]) -> None:
     """Write the parts that do not exist yet. All but the last of a source hold whole batches: no batch is in two."""
     missing = [part for part in parts if not part_file(folder, part.number).exists()]
-    progress = Progress(total=sum(len(part.images) for part in missing), start=0, name="embed", quiet=False)
+    total = sum(len(part.images) for part in missing)
     done, size, batch_size = 0, features.image_size, config.batch_size
-    try:
+    with Progress(total=total, start=0, name="embed", quiet=False) as progress:
         for source in {id(part.source): part.source for part in missing}.values():
             of_source = [part for part in missing if part.source is source]
             order = Numbers([part.images for part in of_source])
@@ -148,10 +148,8 @@ def _write_parts(config: EmbedConfig, features: Features, folder: Path, parts: l
                         batch["features"] = features.compute(to_float(batch.pop("image")))
                     read.append(batch)
                     done += batch_size
-                    progress.show(min(done, progress.total), {})
+                    progress.show(min(done, total), {})
                 _write(folder, part, read)
-    finally:
-        progress.close()
 
 
 def _write(folder: Path, part: _Part, read: list[dict[str, Any]]) -> None:

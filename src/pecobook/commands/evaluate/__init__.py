@@ -55,17 +55,14 @@ def evaluate(config: EvaluateConfig | None = None, **settings: Any) -> Path:
     with folder_of(config).begin():
         results = _header(config, inputs)
         write_json(out / "evaluation.json", results)  # this file marks the folder as an evaluation
-        progress = Progress(total=len(set(inputs.sizes)) * inputs.num_images, start=0, name="evaluate", quiet=False)
+        total = len(set(inputs.sizes)) * inputs.num_images
         rows: dict[int, dict[str, Any]] = {}
         skipped: list[str] = []
         # A GPU's convolutions would otherwise round their inputs to TF32, also in Inception.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        try:
-            with exact:
-                for number, size in enumerate(dict.fromkeys(inputs.sizes)):
-                    skipped = _measure(config, inputs, size, rows, progress, number * inputs.num_images)
-        finally:
-            progress.close()
+        with exact, Progress(total=total, start=0, name="evaluate", quiet=False) as progress:
+            for number, size in enumerate(dict.fromkeys(inputs.sizes)):
+                skipped = _measure(config, inputs, size, rows, progress, number * inputs.num_images)
         results["tokenizers"] = [rows[number] for number in sorted(rows)]
         results["protocol"]["images_read"] = inputs.num_images - len(skipped)
         results["skipped"] = {"count": len(skipped), "names": skipped}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,12 +70,6 @@ class Originals:
         return {"is_of_originals": round(self._score.result()[0], 3)}
 
 
-class _Speed(NamedTuple):
-    images: int
-    encode: float
-    decode: float
-
-
 class TokenizerSums:
     """All that is measured of one tokenizer, which lies on the device until `result`."""
 
@@ -89,13 +83,15 @@ class TokenizerSums:
         self._counts = torch.zeros(self._tokenizer.num_codewords, dtype=torch.int64, device=device())
         self._means = {name: Mean() for name in ("psnr", "ssim", "lpips", "perceptual") if name in inputs.metrics}
         self._features, self._score = FeatureSums(), InceptionScore(inputs.num_images)
-        self._speeds: list[_Speed] = []
+        self._speeds: list[tuple[int, float, float]] = []  # images, seconds of encoding, seconds of decoding
 
     @torch.inference_mode()
     def add(self, images: Tensor, places: Tensor) -> None:
         """Add images, float (B, 3, S, S) in [0, 1], with their places in the order of reading."""
         restored = self._reconstruct(images)
-        measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "lpips": self._lpips, "perceptual": self._perceptual}
+        lpips: Any = self._inputs.lpips
+        measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "perceptual": self._inputs.distance}
+        measures["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1).flatten()
         for name, mean in self._means.items():
             mean.add(measures[name](images, restored))
         if self._inputs.inception is not None:
@@ -115,17 +111,9 @@ class TokenizerSums:
             encoded = time.perf_counter()
             restored = self._tokenizer.decode(codes, batch_size=batch)
             synchronize(where)
-        self._speeds.append(_Speed(batch, encoded - began, time.perf_counter() - encoded))
+        self._speeds.append((batch, encoded - began, time.perf_counter() - encoded))
         self._counts += torch.bincount(codes.flatten(), minlength=len(self._counts))
         return restored.float().clamp(0, 1)  # type: ignore[no-any-return]
-
-    def _lpips(self, x: Tensor, y: Tensor) -> Tensor:
-        assert self._inputs.lpips is not None
-        return self._inputs.lpips(2 * x - 1, 2 * y - 1).flatten()  # type: ignore[no-any-return]
-
-    def _perceptual(self, x: Tensor, y: Tensor) -> Tensor:
-        assert self._inputs.distance is not None
-        return self._inputs.distance(x, y)  # type: ignore[no-any-return]
 
     def result(self, reference: Gaussian | None) -> dict[str, Any]:
         """Return all figures, and move the tokenizer back to the host."""

@@ -70,16 +70,15 @@ def index(name: str, tokenizer: Any, source: ImageSource, limit: int) -> Indexed
     """Encode at most `limit` images of the source, batch by batch, and show the progress."""
     rows, codes, skipped = [], [], []
     examples = _Examples(tokenizer.num_codewords, tokenizer.stride)
-    progress = Progress(total=min(limit, len(source)), start=0, name=f"codes of {name}", quiet=False)
-    for done, batch in central_crops(source, tokenizer.image_size, limit=limit):
-        if "image" in batch:
-            batch_codes = encode_all(tokenizer, batch["image"])
-            rows.append(batch["index"].numpy())
-            codes.append(batch_codes.numpy().astype(np.int32))
-            examples.add(batch["image"], batch_codes)
-        skipped += batch["skipped"]
-        progress.show(done, {})
-    progress.close()
+    with Progress(total=min(limit, len(source)), start=0, name=f"codes of {name}", quiet=False) as progress:
+        for done, batch in central_crops(source, tokenizer.image_size, limit=limit):
+            if "image" in batch:
+                batch_codes = encode_all(tokenizer, batch["image"])
+                rows.append(batch["index"].numpy())
+                codes.append(batch_codes.numpy().astype(np.int32))
+                examples.add(batch["image"], batch_codes)
+            skipped += batch["skipped"]
+            progress.show(done, {})
     if skipped:
         say(f"{len(skipped)} images cannot be read and are left out: {some_of(skipped, 3)}")
     return indexed(name, tokenizer, source, np.concatenate(rows), np.concatenate(codes), examples.patches)
@@ -298,26 +297,14 @@ def tiles(tokenizer: IndexedTokenizer, codewords: list[int]) -> Tensor:
 
 def atlas(tokenizer: IndexedTokenizer) -> Atlas:
     """Arrange the typical patches of the codewords in use by the similarity of their vectors."""
-    counts, grid, by_class = tokenizer.counts, tokenizer.found.grid, tokenizer.by_class
-    used = np.flatnonzero(counts)
-    vectors = tokenizer.tokenizer.codebook.detach().float().cpu()[torch.from_numpy(used)]
-    colours = tokenizer.examples[torch.from_numpy(used)].float().mean((2, 3)).numpy()
-    order, columns, side = arrange(vectors, colours.mean(1), tokenizer.examples.shape[-1])
-    num_places = grid[0] * grid[1]
-    pairs = np.searchsorted(used, tokenizer.found.codewords()) * num_places + tokenizer.found.patches % num_places
-    positions = np.bincount(pairs, minlength=len(used) * num_places).reshape(-1, *grid)[order]
-    used, colours = used[order], colours[order]
-    shares = by_class.shares(tokenizer.classes) if by_class is not None else {}
-    return Atlas(
-        num_codewords=len(counts),
-        columns=columns,
-        codewords=used,
-        tiles=np.stack([tile_of(tokenizer.examples[code], side) for code in used.tolist()]),
-        counts=counts[used],
-        images=tokenizer.found.images_with[used],
-        colours=colours.round().astype(np.uint8),
-        positions=positions,
-        classes=tuple(shares.get(code) for code in used.tolist()),
+    examples, by_class = tokenizer.examples, tokenizer.by_class
+    return arrange(
+        tokenizer.found,
+        tokenizer.tokenizer.codebook,
+        examples.float().mean((2, 3)).numpy(),
+        examples.shape[-1],
+        lambda code, side: tile_of(examples[code], side),
+        by_class.shares(tokenizer.classes) if by_class is not None else {},
     )
 
 

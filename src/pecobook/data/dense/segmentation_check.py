@@ -33,7 +33,6 @@ class VerificationResult:
         unreadable: the same of pairs whose image or mask cannot be read.
         num_problems: number of invalid pairs.
         num_unreadable: number of pairs whose image or mask cannot be read.
-        counts: the pixels of the valid training masks and of the valid held-out masks.
         notes: what was taken for granted, and classes without a pixel, as sentences.
         fault: why nothing can be learned from these masks; empty if something can.
         hint: what the problems have in common; may be empty.
@@ -44,7 +43,6 @@ class VerificationResult:
     unreadable: tuple[str, ...]
     num_problems: int
     num_unreadable: int
-    counts: tuple[MaskCounts, MaskCounts]
     notes: tuple[str, ...]
     fault: str
     hint: str
@@ -101,7 +99,6 @@ def verify(
         unreadable=grouped(((bad.reason, f"{bad.name}: {bad.reason}") for bad in unreadable), "more alike"),
         num_problems=len(problems),
         num_unreadable=len(unreadable),
-        counts=(train, evaluation),
         notes=tuple(notes),
         fault="" if limit is not None else _fault(splits.train.name, train, meaning),
         hint=_hint(reports[0], meaning, problems[0]) if problems else "",

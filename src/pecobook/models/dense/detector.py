@@ -162,7 +162,12 @@ class Detector(Exported):
         detections, head_losses = self.heads(levels, boxes, batch.image_sizes, targets)
         if self.training:
             return {_LOSSES[name]: loss for name, loss in {**losses, **head_losses}.items()}
-        return [_to_detections(detection) for detection in detections]
+        return [
+            Detections(
+                found["boxes"], found["scores"], found["labels"], found["masks"][:, 0] if self.has_masks else None
+            )
+            for found in detections
+        ]
 
     def pad_to_batch(self, images: list[Tensor]) -> Any:
         """Normalise images and pad them with zeros at the right and bottom, to a multiple of the largest stride."""
@@ -245,12 +250,6 @@ print(list(zip(names, found.scores.tolist(), found.boxes.tolist()))[:5])"""
 def rescale_boxes(boxes: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Rescale boxes (n, 4) from an image of (height, width) `size` to the same image of (height, width) `target`."""
     return boxes * boxes.new_tensor([target[1] / size[1], target[0] / size[0]]).repeat(2)
-
-
-def _to_detections(result: dict[str, Tensor]) -> Detections:
-    """Convert torchvision's result for one image."""
-    masks = result["masks"][:, 0] if "masks" in result else None
-    return Detections(result["boxes"], result["scores"], result["labels"], masks)
 
 
 # --------------------------------------------------------------------------------------------- torchvision's components

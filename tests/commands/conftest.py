@@ -1,0 +1,3 @@
+from tests.runs import codebook_run, vit_run
+
+__all__ = ["codebook_run", "vit_run"]
