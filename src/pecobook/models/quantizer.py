@@ -153,8 +153,7 @@ class VectorQuantizer(Quantizer):
         Without it k-means begins with the vectors of the first `forward`, so under gradient accumulation the first
         micro-batch would decide the codewords that the losses of the first step see.
         """
-        self._begin(self._on_sphere(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim)))
-        self._start_is_open = False
+        self._start_from(self._on_sphere(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim)))
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, D, h, w). In training mode, also store the vectors for the next `update`."""
@@ -164,8 +163,8 @@ class VectorQuantizer(Quantizer):
             if self.training and self._bypass:
                 return self._unquantised(z)
             vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
-            if self.training and (self._start_is_open or not self._initialised):
-                self._begin(vectors.detach())
+            if self.training and not self._initialised:
+                self._start_from(vectors.detach())
             codes = nearest_codeword(vectors, self.codebook, precision=self.config.precision)  # (N,)
             if self.training:
                 if self._pending is not None:
@@ -209,8 +208,8 @@ class VectorQuantizer(Quantizer):
         if self._pending is None:
             return
         self._fold()
-        assert self._folded is not None
-        step = self._folded if self._start is None else self._of_start(self._start, self._folded)
+        step = self._of_start() if self._num_start_vectors else self._folded
+        assert step is not None
         # Counts by index_add, without a one-hot matrix (N, K).
         counts = torch.zeros_like(self.ema_count).index_add_(0, step.codes, step.counts)
         if world_size() > 1:
@@ -221,7 +220,7 @@ class VectorQuantizer(Quantizer):
         for updates in (self.idle, self.unused):
             updates.add_(1).masked_fill_(counts > 0, 0)
         self._next_step()
-        if self._sample.seen:
+        if config.revive_after and self._steps % _REVIVE_EVERY == 0:
             self._revive()
         self._forget()
 
@@ -264,10 +263,8 @@ class VectorQuantizer(Quantizer):
         """Forget the vectors of a step."""
         self._pending: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) of the last micro-batch
         self._folded: Weighted | None = None  # what remains of those before
-        self._sample = Sample(self.num_codewords)  # in steps that may revive codewords
-        self._start: Sample | None = None  # of which k-means makes the codebook, in the step of the start
-        self._start_is_open = False  # whether further micro-batches belong to it
-        self._num_start_vectors = 0  # number of vectors when k-means ran
+        self._sample = Sample(self.num_codewords)  # of all vectors
+        self._num_start_vectors = 0  # number of vectors of which k-means had a sample, in the step of the start
 
     # torch.compile makes no graph of it: the number of vectors that the sample has seen changes with every micro-batch.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -277,45 +274,42 @@ class VectorQuantizer(Quantizer):
         (vectors, codes), self._pending = self._pending, None
         new = Weighted(vectors, codes, vectors.new_ones(len(codes)))
         self._folded = new if self._folded is None else merged(self._folded, new, self.num_codewords)
-        if self.config.revive_after and (self._steps + 1) % _REVIVE_EVERY == 0:
-            self._sample.add(vectors)
+        self._sample.add(vectors)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs once in a training
     @torch.no_grad()
-    def _begin(self, vectors: Tensor) -> None:
-        """Start the codebook from vectors (N, D), or add them to those from which it starts."""
-        if self._start is None:
-            # 32 vectors for each codeword, or 4 of a large codebook, determine the centres well enough; more vectors
-            # only cost time and memory.
-            self._start = Sample(min(32 * self.num_codewords, max(_START_VECTORS, 4 * self.num_codewords)))
-            self._start_is_open = True
-        self._start.add(vectors)
-        if not self._initialised:
-            self._initialise_codebook(self._start)
+    def _start_from(self, vectors: Tensor) -> None:
+        """Start the codebook from vectors (N, D) of this rank."""
+        # 32 vectors for each codeword, or 4 of a large codebook, determine the centres well enough; more vectors only
+        # cost time and memory.
+        sample = Sample(min(32 * self.num_codewords, max(_START_VECTORS, 4 * self.num_codewords)))
+        sample.add(vectors)
+        self._sample = Sample(sample.size)
+        self._initialise_codebook(sample)
 
-    def _of_start(self, start: Sample, folded: Weighted) -> Weighted:
-        """Return what the step of the start adds to the averages: its sample, weighted as all of its vectors."""
-        if self._num_start_vectors < start.seen:  # k-means used only the first of several micro-batches
-            self._initialise_codebook(start)
-        elif start.stride == 1:
-            return folded
-        codes = nearest_codeword(start.rows, self.codebook, precision=self.config.precision)
-        weight = start.seen / len(start.rows)
-        return Weighted(weight * start.rows, codes, start.rows.new_full((len(codes),), weight))
+    def _of_start(self) -> Weighted | None:
+        """Return what the step of the start adds to the averages: a sample, weighted as all of its vectors."""
+        if self._num_start_vectors < self._sample.seen:  # k-means used only the first of several micro-batches
+            self._initialise_codebook(self._sample)
+        elif self._sample.stride == 1:
+            return self._folded
+        vectors, weight = self._sample.rows, self._sample.seen / len(self._sample.rows)
+        codes = nearest_codeword(vectors, self.codebook, precision=self.config.precision)
+        return Weighted(weight * vectors, codes, vectors.new_full((len(codes),), weight))
 
-    def _initialise_codebook(self, start: Sample) -> None:
+    def _initialise_codebook(self, sample: Sample) -> None:
         """Initialise the codebook by k-means over the samples of all ranks."""
-        codebook, counts = kmeans(gather_rows(start.rows), self.num_codewords, seed=self.seed)
+        codebook, counts = kmeans(gather_rows(sample.rows), self.num_codewords, seed=self.seed)
         codebook = self._on_sphere(codebook)
         if world_size() > 1:  # equal input should give equal output, but the codebooks must not depend on that
             dist.broadcast(codebook, 0)
             dist.broadcast(counts, 0)
         # The averages start as if the previous batches had been like this batch.
-        counts = counts * (start.seen * world_size() / counts.sum().clamp_min(1))
+        counts = counts * (sample.seen * world_size() / counts.sum().clamp_min(1))
         self.codebook.copy_(codebook)
         self.ema_count.copy_(counts)
         self.ema_sum.copy_(codebook * counts[:, None])
-        self._initialised, self._num_start_vectors = True, start.seen
+        self._initialised, self._num_start_vectors = True, sample.seen
 
     def _revive(self) -> None:
         """Replace dead codewords by vectors of this step, from the samples of all ranks."""
@@ -323,7 +317,9 @@ class VectorQuantizer(Quantizer):
         num_dead = int(dead.sum())
         if num_dead == 0:
             return
-        pool = gather_rows(self._sample.rows)
+        sample = Sample(self.num_codewords)
+        sample.add(self._sample.rows)  # that of the start is larger
+        pool = gather_rows(sample.rows)
         generator = torch.Generator().manual_seed(self.seed + 7919 * self._steps)
         if num_dead > len(pool):
             # No vector revives two codewords, which would be copies: one of them would never be chosen. The codewords
