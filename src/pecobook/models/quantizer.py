@@ -89,6 +89,16 @@ class Quantizer(nn.Module):
         """Return the codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
 
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the codes of z (B, D, h, w): int64 (B, h, w)."""
+        B, D, h, w = z.shape
+        return self._codes(z.float().permute(0, 2, 3, 1).reshape(-1, D)).view(B, h, w)
+
+    def _codes(self, vectors: Tensor) -> Tensor:
+        """Return the codes of vectors (N, D), int64 (N,)."""
+        return nearest_codeword(vectors, self.codebook)
+
     def _next_step(self) -> None:
         self._bypassed = False
         self.num_updates.add_(1)
@@ -190,12 +200,6 @@ class VectorQuantizer(Quantizer):
         B, D, h, w = z.shape
         codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.config.precision)
         return self.lookup(codes.view(B, h, w))
-
-    @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Return the codes of z (B, D, h, w), the nearest codewords exactly: int64 (B, h, w)."""
-        B, D, h, w = z.shape
-        return nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
 
     # ------------------------------------------------------------------------------------------ learning the codebook
 
