@@ -1,5 +1,6 @@
 """Codeword measures against scikit-learn, closed forms and direct counting."""
 
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_features_of_codes_are_in_memory_once() -> None:
             return out
 
     codes, codebook = torch.randint(40, (2**17, 2, 1)), torch.randn(40, 30)
-    for features in (lambda: mean_codewords(codes, codebook), lambda: bag_of_codes(codes, 40)):
+    for features in (partial(mean_codewords, codes, codebook), partial(bag_of_codes, codes, 40)):
         Made.sizes = []
         with Made():  # type: ignore[no-untyped-call]
             whole = features().nbytes

@@ -134,6 +134,10 @@ class VectorQuantizer(Quantizer):
     ema_sum: Tensor  # (K, D)
     idle: Tensor  # int64 (K,), updates since the codeword was last chosen or revived
     # Revival changes ema_count and idle, but not usage and unused.
+    _pending: tuple[Tensor, Tensor] | None  # vectors (N, D) and codes (N,) of the last micro-batch
+    _folded: Weighted | None  # what remains of all before
+    _sample: Sample  # of all vectors of the step
+    _num_start_vectors: int  # number of vectors of which k-means had a sample, in the step of the start
 
     def __init__(self, num_codewords: int | VectorQuantizerConfig, dim: int, *, seed: int = 0, **settings: Any) -> None:
         if not isinstance(num_codewords, VectorQuantizerConfig):
@@ -265,10 +269,8 @@ class VectorQuantizer(Quantizer):
 
     def _forget(self) -> None:
         """Forget the vectors of a step."""
-        self._pending: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) of the last micro-batch
-        self._folded: Weighted | None = None  # what remains of those before
-        self._sample = Sample(self.num_codewords)  # of all vectors
-        self._num_start_vectors = 0  # number of vectors of which k-means had a sample, in the step of the start
+        self._pending = self._folded = None
+        self._sample, self._num_start_vectors = Sample(self.num_codewords), 0
 
     # torch.compile makes no graph of it: the number of vectors that the sample has seen changes with every micro-batch.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
