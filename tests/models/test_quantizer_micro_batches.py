@@ -46,7 +46,7 @@ def test_update__of_a_start_from_all_images_is_that_of_one_batch() -> None:
     whole, parts = VectorQuantizer(16, 4), VectorQuantizer(16, 4)
     whole(moved(0))
     parts.start(moved(0))
-    for micro_batch in moved(0).split(10):
+    for micro_batch in torch.split(moved(0), 10):
         parts(micro_batch)
     for quantizer in (whole, parts):
         quantizer.update()
@@ -66,10 +66,10 @@ def stored(value: Any) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("settings", KINDS)
 def test_forward__keeps_no_more_for_more_micro_batches(settings: dict[str, Any]) -> None:
-    quantizer, most = VectorQuantizer(16, 4, revive_after=3, **settings), {}
+    quantizer, most = VectorQuantizer(16, 4, revive_after=3, **settings), dict[tuple[int, bool], int]()
     for number in (200, 25):  # micro-batches of a step, 64 vectors each
         for seed in range(20):
-            for micro_batch in moved(seed, 4 * number).split(4):
+            for micro_batch in torch.split(moved(seed, 4 * number), 4):
                 quantizer(micro_batch)
                 held = sum(dict(pair for value in vars(quantizer).values() for pair in stored(value)).values())
                 key = (number, seed == 0 and not quantizer.num_updates)
