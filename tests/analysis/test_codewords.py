@@ -1,5 +1,8 @@
 """Codeword measures against scikit-learn, closed forms and direct counting."""
 
+from functools import partial
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,29 @@ def test_bag_of_codes_is_a_unit_vector_of_rooted_shares() -> None:
     bag = bag_of_codes(codes.numpy(), 5)
     torch.testing.assert_close(bag.norm(dim=1), torch.ones(6))
     assert float(bag[2, 3] ** 2) == pytest.approx(float((codes[2] == 3).float().mean()))
+
+
+def test_features_of_codes_are_in_memory_once() -> None:
+    """Those of a million images are the largest tensors of `analyze` and `probe`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        sizes: ClassVar[list[int]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            inside = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inside:
+                self.sizes.append(out.untyped_storage().nbytes())
+            return out
+
+    codes, codebook = torch.randint(40, (2**17, 2, 1)), torch.randn(40, 30)
+    for features in (partial(mean_codewords, codes, codebook), partial(bag_of_codes, codes, 40)):
+        Made.sizes = []
+        with Made():  # type: ignore[no-untyped-call]
+            whole = features().nbytes
+        assert max(Made.sizes) == whole
+        assert sum(size > whole / 2 for size in Made.sizes) == 1
 
 
 def test_gallery_holds_only_patches_with_the_codeword() -> None:

@@ -200,3 +200,24 @@ def make_peer(x: Any, y: Any, c: float) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=c, tol=1e-8, max_iter=1000).fit((x - x.mean(0)) / x.std(0), y)
+
+
+def test_probes__read_wide_features_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part has so many values, not so many images: 65,536 bags of 8,192 codes take 2 GB."""
+    x, y = blobs(600, 3, 50, 0)
+    whole = linear_probe(x, y, x, y, search_images=20)
+    sizes, real = list[int](), probing._Features.__getitem__
+
+    def counted(self: Any, rows: Any) -> Any:
+        values = real(self, rows)
+        sizes.append(values.size)
+        return values
+
+    monkeypatch.setattr(probing._Features, "__getitem__", counted)
+    monkeypatch.setattr(probing, "_LARGE", 100)
+    monkeypatch.setattr(probing, "_PART", 1000)
+    monkeypatch.setattr(logistic, "_VALUES", 1000)
+    parts = linear_probe(x, y, x, y, search_images=20)
+    assert (parts.correct == whole.correct).mean() >= 0.99
+    assert knn_probe(x, y, x, y, chunk=16).accuracy > 90
+    assert 950 <= max(sizes) <= 1000

@@ -122,8 +122,11 @@ def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
     """
     codes = torch.as_tensor(codes).flatten(1)
     codebook = codebook.detach().float().to(codes.device)
+    means = codebook.new_empty(len(codes), codebook.shape[1])
     with torch.no_grad():  # some images at a time, since their indices take four times the memory of codes of two bytes
-        return torch.cat([F.embedding_bag(part.long(), codebook, mode="mean") for part in torch.split(codes, 2**16)])
+        for part, chosen in zip(torch.split(means, 2**16), torch.split(codes, 2**16), strict=True):
+            part.copy_(F.embedding_bag(chosen.long(), codebook, mode="mean"))
+    return means
 
 
 def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:
@@ -134,8 +137,8 @@ def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:
     """
     index = torch.as_tensor(codes).flatten(1).long()
     bag = torch.zeros(len(index), num_codewords, device=index.device)
-    bag.scatter_add_(1, index, torch.ones_like(index, dtype=bag.dtype))
-    return (bag / index.shape[1]).sqrt()
+    bag.scatter_add_(1, index, bag.new_ones(()).expand(index.shape))
+    return bag.div_(index.shape[1]).sqrt_()  # in place: bags of many images fill gigabytes
 
 
 def code_gallery(

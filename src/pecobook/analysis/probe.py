@@ -32,6 +32,8 @@ MIN_IMAGES = 20
 _MAX_ITER = 200
 _LARGE = 2**27
 """Number of values, images times features, above which a linear probe reads its training features in parts: 0.5 GB."""
+_PART = 2**25
+"""Number of values of a part: 0.13 GB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def knn_probe(
 
 def _neighbours(train: _Features, test: _Features, k: int, *, chunk: int, tile: int) -> tuple[Tensor, Tensor]:
     """Return the largest cosine similarities, float (M, k), and whose they are, int64 (M, k), on the host."""
-    place, best = device(), list[tuple[Tensor, Tensor]]()
+    place, best, tile = device(), list[tuple[Tensor, Tensor]](), min(tile, max(_PART // train.shape[1], 1))
     for first in range(0, len(train), tile):
         bank = torch.nn.functional.normalize(torch.from_numpy(train[first : first + tile]).to(place), dim=1)
         for number, start in enumerate(range(0, len(test), chunk)):
@@ -225,9 +227,10 @@ class _Features:
         return as_numpy(self._values[chosen]).astype(np.float32, copy=False)
 
     def parts(self) -> Iterator[NDArray[np.float32]]:
-        """Yield the rows in order, a few at a time."""
-        for start in range(0, len(self), 2**16):
-            yield self[start : start + 2**16]
+        """Yield the rows in order, a few at a time, since some callers hold them twice in fp64."""
+        step = max(_PART // self.shape[1], 1)
+        for start in range(0, len(self), step):
+            yield self[start : start + step]
 
 
 def _checked(part: str, x: Array, y: Array) -> tuple[_Features, NDArray[np.int64]]:

@@ -75,12 +75,6 @@ class ControlQuantizer(Quantizer):
         return Quantized(quantized, out.codes.view(B, h, w), out.commitment, out.loss)
 
     @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Return the codes of z (B, D, h, w): int64 (B, h, w)."""
-        B, D, h, w = z.shape
-        return self._codes(z.float().permute(0, 2, 3, 1).reshape(-1, D)).view(B, h, w)
-
-    @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Return the codewords of z (B, D, h, w), without gradient; z itself in the steps without quantisation."""
         if self.training and self._bypass:
@@ -102,10 +96,6 @@ class ControlQuantizer(Quantizer):
         elif not self._bypassed:
             return
         self._next_step()
-
-    def _codes(self, vectors: Tensor) -> Tensor:
-        """Return the codes of vectors (N, D), int64 (N,)."""
-        raise NotImplementedError
 
     def _quantise(self, vectors: Tensor) -> _Vectors:
         """Quantise vectors (N, D)."""

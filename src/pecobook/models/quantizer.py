@@ -3,10 +3,12 @@
 B batch, D codeword dimension, h w latent grid, N = B h w vectors, K codewords.
 
 The codebook is learned by exponential moving averages (van den Oord et al., arXiv 1711.00937, appendix A.1), PeCo's
-default. In training, every `forward` stores its vectors; `update`, called once in each optimizer step, sums the
-statistics of the stored vectors over all ranks and updates the codebook. So the numbers of accumulation steps and ranks
-change only rounding (and, through the order of the vectors, the initial centres of k-means), and the codebook is the
-same on every rank. Statistics, distances and losses are computed in fp32 under any autocast.
+default. In training, every `forward` stores its vectors, of which the next one leaves sums and a sample; `update`,
+called once in each optimizer step, sums the statistics over all ranks and updates the codebook. So the numbers of
+accumulation steps and ranks change only rounding (and, through the order of the vectors, the initial centres of
+k-means), and the codebook is the same on every rank. What a step keeps is one micro-batch and at most 3 K vectors, in
+the step of the start also those from which k-means starts. Statistics, distances and losses are computed in fp32 under
+any autocast.
 
 With `kind="gradient"` the codebook is a parameter instead, trained by the middle term of equation 3.
 """
@@ -20,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.models.accumulation import Sample, Weighted, merged
 from pecobook.models.nearest import nearest_codeword
 from pecobook.settings.tokenizer import VectorQuantizerConfig
 from pecobook.settings.values import replace
@@ -27,7 +30,7 @@ from pecobook.utils.distributed import gather_rows, world_size
 from pecobook.utils.vectors import unit_length
 
 _KMEANS_ITERATIONS = 10
-_START_VECTORS = 2**18  # number of vectors from which k-means starts a codebook of up to 65,536 codewords, at most
+_START_VECTORS = 2**18  # number of vectors from which k-means starts a codebook of up to 65,536 codewords; 2 x at most
 _TILE = 2**22  # number of elements of the sums that are computed at once; a codebook of 8,192 x 256 has half of it
 _REVIVE_EVERY = 10  # updates between checks for dead codewords: each check costs one synchronisation with the device
 
@@ -86,6 +89,16 @@ class Quantizer(nn.Module):
         """Return the codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
 
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the codes of z (B, D, h, w): int64 (B, h, w)."""
+        B, D, h, w = z.shape
+        return self._codes(z.float().permute(0, 2, 3, 1).reshape(-1, D)).view(B, h, w)
+
+    def _codes(self, vectors: Tensor) -> Tensor:
+        """Return the codes of vectors (N, D), int64 (N,)."""
+        return nearest_codeword(vectors, self.codebook)
+
     def _next_step(self) -> None:
         self._bypassed = False
         self.num_updates.add_(1)
@@ -121,6 +134,10 @@ class VectorQuantizer(Quantizer):
     ema_sum: Tensor  # (K, D)
     idle: Tensor  # int64 (K,), updates since the codeword was last chosen or revived
     # Revival changes ema_count and idle, but not usage and unused.
+    _pending: tuple[Tensor, Tensor] | None  # vectors (N, D) and codes (N,) of the last micro-batch
+    _folded: Weighted | None  # what remains of all before
+    _sample: Sample  # of all vectors of the step
+    _num_start_vectors: int  # number of vectors of which k-means had a sample, in the step of the start
 
     def __init__(self, num_codewords: int | VectorQuantizerConfig, dim: int, *, seed: int = 0, **settings: Any) -> None:
         if not isinstance(num_codewords, VectorQuantizerConfig):
@@ -136,8 +153,7 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("ema_sum", torch.zeros(self.num_codewords, dim))
         self.register_buffer("idle", torch.zeros(self.num_codewords, dtype=torch.int64))
         self._initialised = False  # whether k-means has run
-        self._num_start_vectors = 0  # number of vectors that k-means used, in the step that initialises the codebook
-        self._pending: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) since the last update
+        self._forget()
 
     @property
     def starts_now(self) -> bool:
@@ -151,7 +167,7 @@ class VectorQuantizer(Quantizer):
         Without it k-means begins with the vectors of the first `forward`, so under gradient accumulation the first
         micro-batch would decide the codewords that the losses of the first step see.
         """
-        self._initialise_codebook(self._on_sphere(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim)))
+        self._start_from(self._on_sphere(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim)))
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, D, h, w). In training mode, also store the vectors for the next `update`."""
@@ -162,10 +178,12 @@ class VectorQuantizer(Quantizer):
                 return self._unquantised(z)
             vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
             if self.training and not self._initialised:
-                self._initialise_codebook(vectors.detach())
+                self._start_from(vectors.detach())
             codes = nearest_codeword(vectors, self.codebook, precision=self.config.precision)  # (N,)
             if self.training:
-                self._collect(vectors.detach(), codes)
+                if self._pending is not None:
+                    self._fold()
+                self._pending = vectors.detach(), codes
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment_loss = F.mse_loss(z, quantized.detach())
             codebook_loss = commitment_loss.detach()
@@ -187,12 +205,6 @@ class VectorQuantizer(Quantizer):
         codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.config.precision)
         return self.lookup(codes.view(B, h, w))
 
-    @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Return the codes of z (B, D, h, w), the nearest codewords exactly: int64 (B, h, w)."""
-        B, D, h, w = z.shape
-        return nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
-
     # ------------------------------------------------------------------------------------------ learning the codebook
 
     @torch.no_grad()
@@ -203,27 +215,24 @@ class VectorQuantizer(Quantizer):
             self._next_step()
         if self._pending is None:
             return
-        vectors, codes = self._pending
-        self._pending = None
-        # k-means used only the first of several micro-batches: repeat it with all of them.
-        if 0 < self._num_start_vectors < len(vectors):
-            self._initialise_codebook(vectors)
-            codes = nearest_codeword(vectors, self.codebook, precision=config.precision)
-        self._num_start_vectors = 0
+        self._fold()
+        step = self._of_start() if self._num_start_vectors else self._folded
+        assert step is not None
         # Counts by index_add, without a one-hot matrix (N, K).
-        counts = torch.zeros_like(self.ema_count).index_add_(0, codes, vectors.new_ones(len(codes)))
+        counts = torch.zeros_like(self.ema_count).index_add_(0, step.codes, step.counts)
         if world_size() > 1:
             dist.all_reduce(counts)
         self.ema_count.lerp_(counts, 1 - config.decay)
-        self._update_codewords(vectors, codes, counts)
+        self._update_codewords(step, counts)
         self.usage.lerp_(counts, 1 - config.decay)
         for updates in (self.idle, self.unused):
             updates.add_(1).masked_fill_(counts > 0, 0)
         self._next_step()
         if config.revive_after and self._steps % _REVIVE_EVERY == 0:
-            self._revive(vectors)
+            self._revive()
+        self._forget()
 
-    def _update_codewords(self, vectors: Tensor, codes: Tensor, counts: Tensor) -> None:
+    def _update_codewords(self, step: Weighted, counts: Tensor) -> None:
         """Update the sums, and with moving averages the codewords, of some thousand codewords at a time.
 
         So a large codebook needs no temporary copies of all of its (K, D) numbers. The result does not depend on the
@@ -235,10 +244,10 @@ class VectorQuantizer(Quantizer):
         rows = max(_TILE // self.dim, 1)
         for start in range(0, K, rows):
             tile = slice(start, start + rows)
-            inside, place = vectors, codes
+            inside, place = step.sums, step.codes
             if rows < K:
-                mine = (codes >= start) & (codes < start + rows)
-                inside, place = vectors[mine], codes[mine] - start
+                mine = (place >= start) & (place < start + rows)
+                inside, place = inside[mine], place[mine] - start
             sums = torch.zeros_like(self.ema_sum[tile]).index_add_(0, place, inside)
             if world_size() > 1:
                 dist.all_reduce(sums)
@@ -258,40 +267,65 @@ class VectorQuantizer(Quantizer):
         """Return vectors (N, D) at unit length if the settings normalise, else as they are."""
         return F.normalize(rows, dim=1) if self.config.normalise else rows
 
-    def _collect(self, vectors: Tensor, codes: Tensor) -> None:
-        if self._pending is not None:
-            vectors, codes = torch.cat([self._pending[0], vectors]), torch.cat([self._pending[1], codes])
-        self._pending = vectors, codes
+    def _forget(self) -> None:
+        """Forget the vectors of a step."""
+        self._pending = self._folded = None
+        self._sample, self._num_start_vectors = Sample(self.num_codewords), 0
+
+    # torch.compile makes no graph of it: the number of vectors that the sample has seen changes with every micro-batch.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _fold(self) -> None:
+        """Add the vectors of the last micro-batch to what the step keeps of them."""
+        assert self._pending is not None
+        (vectors, codes), self._pending = self._pending, None
+        new = Weighted(vectors, codes, vectors.new_ones(len(codes)))
+        self._folded = new if self._folded is None else merged(self._folded, new, self.num_codewords)
+        self._sample.add(vectors)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs once in a training
     @torch.no_grad()
-    def _initialise_codebook(self, vectors: Tensor) -> None:
-        """Initialise the codebook by k-means over the vectors of all ranks."""
-        count, K = len(vectors) * world_size(), self.num_codewords
+    def _start_from(self, vectors: Tensor) -> None:
+        """Start the codebook from vectors (N, D) of this rank."""
         # 32 vectors for each codeword, or 4 of a large codebook, determine the centres well enough; more vectors only
         # cost time and memory.
-        stride = max(1, count // min(32 * K, max(_START_VECTORS, 4 * K)))
-        codebook, counts = kmeans(gather_rows(vectors[::stride]), K, seed=self.seed)
+        sample = Sample(min(32 * self.num_codewords, max(_START_VECTORS, 4 * self.num_codewords)))
+        sample.add(vectors)
+        self._sample = Sample(sample.size)
+        self._initialise_codebook(sample)
+
+    def _of_start(self) -> Weighted | None:
+        """Return what the step of the start adds to the averages: a sample, weighted as all of its vectors."""
+        if self._num_start_vectors < self._sample.seen:  # k-means used only the first of several micro-batches
+            self._initialise_codebook(self._sample)
+        elif self._sample.stride == 1:
+            return self._folded
+        vectors, weight = self._sample.rows, self._sample.seen / len(self._sample.rows)
+        codes = nearest_codeword(vectors, self.codebook, precision=self.config.precision)
+        return Weighted(weight * vectors, codes, vectors.new_full((len(codes),), weight))
+
+    def _initialise_codebook(self, sample: Sample) -> None:
+        """Initialise the codebook by k-means over the samples of all ranks."""
+        codebook, counts = kmeans(gather_rows(sample.rows), self.num_codewords, seed=self.seed)
         codebook = self._on_sphere(codebook)
         if world_size() > 1:  # equal input should give equal output, but the codebooks must not depend on that
             dist.broadcast(codebook, 0)
             dist.broadcast(counts, 0)
         # The averages start as if the previous batches had been like this batch.
-        counts = counts * (count / counts.sum().clamp_min(1))
+        counts = counts * (sample.seen * world_size() / counts.sum().clamp_min(1))
         self.codebook.copy_(codebook)
         self.ema_count.copy_(counts)
         self.ema_sum.copy_(codebook * counts[:, None])
-        self._initialised, self._num_start_vectors = True, len(vectors)
+        self._initialised, self._num_start_vectors = True, sample.seen
 
-    def _revive(self, vectors: Tensor) -> None:
-        """Replace dead codewords by vectors of this step, chosen from all ranks."""
+    def _revive(self) -> None:
+        """Replace dead codewords by vectors of this step, from the samples of all ranks."""
         dead = self.idle >= self.config.revive_after
         num_dead = int(dead.sum())
         if num_dead == 0:
             return
-        # Take every s-th vector, with s from the global count: two half batches offer the same vectors as one batch.
-        stride = max(1, len(vectors) * world_size() // self.num_codewords)
-        pool = gather_rows(vectors[::stride])
+        sample = Sample(self.num_codewords)
+        sample.add(self._sample.rows)  # that of the start is larger
+        pool = gather_rows(sample.rows)
         generator = torch.Generator().manual_seed(self.seed + 7919 * self._steps)
         if num_dead > len(pool):
             # No vector revives two codewords, which would be copies: one of them would never be chosen. The codewords
@@ -313,9 +347,9 @@ class VectorQuantizer(Quantizer):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._initialised, self._num_start_vectors = bool(self.ema_count.sum() > 0), 0
+        self._initialised = bool(self.ema_count.sum() > 0)
         self._bypass = self._bypass and not self._initialised
-        self._pending = None
+        self._forget()
 
 
 def kmeans(

@@ -72,6 +72,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
         _write(results, out, began)  # before drawing, so that the numbers survive an error in a picture
         show("  pictures")
         drawn, atlases[tokenizer_input.name] = draw()
+        del draw  # and with it the images
         cost.append((tokenizer_input.name, time.monotonic() - step_began))
         files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
         metrics.values["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}

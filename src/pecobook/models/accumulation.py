@@ -1,0 +1,49 @@
+"""What remains of the vectors of a step when its next micro-batch comes: sums by codeword, and a sample."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pecobook.utils.distributed import world_size
+
+
+class Weighted(NamedTuple):
+    """What some vectors add to the averages: sums of vectors of one code, and how many each stands for."""
+
+    sums: Tensor  # (n, D)
+    codes: Tensor  # int64 (n,)
+    counts: Tensor  # (n,)
+
+
+def merged(first: Weighted, second: Weighted, num_codewords: int) -> Weighted:
+    """Return the sums of both, or, where these are more than K, a single one for each codeword."""
+    if len(first.codes) + len(second.codes) <= num_codewords:
+        return Weighted(*map(torch.cat, zip(first, second, strict=True)))
+    sums, counts = first.sums.new_zeros(num_codewords, first.sums.shape[1]), first.counts.new_zeros(num_codewords)
+    for part in (first, second):
+        sums.index_add_(0, part.codes, part.sums)
+        counts.index_add_(0, part.codes, part.counts)
+    return Weighted(sums, torch.arange(num_codewords, device=sums.device), counts)
+
+
+class Sample:
+    """Every s-th vector of a step: `size` of all ranks together if there are as many, and less than twice that.
+
+    s is a power of two, so that the sample of a part can be thinned to that of the whole: it depends on the number of
+    vectors alone, neither on that of micro-batches nor, with whole multiples of s on each, on that of ranks.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.stride, self.seen = size, 1, 0
+        self.rows = torch.empty(0)
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors (N, D)."""
+        new = vectors[-self.seen % self.stride :: self.stride]
+        self.rows = torch.cat([self.rows, new]) if self.seen else new
+        self.seen += len(vectors)
+        while len(self.rows) > 1 and len(self.rows) * world_size() >= 2 * self.size:
+            self.rows, self.stride = self.rows[::2], 2 * self.stride
