@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from pecobook import read_clip
-from pecobook.data import clips as module
-from pecobook.data.clips import central_crops, frame_numbers, open_clips, random_clip, read_video
+from pecobook.data.clips import central_crops, find_clips, frame_numbers, open_clips, random_clip
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.record import take
 from pecobook.data.summary import describe
+from pecobook.data.videos import read_video
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
 from pecobook.settings.images import ClipConfig
@@ -58,12 +58,13 @@ def test_open_clips__splits_and_classes_as_of_images(tmp_path: Path) -> None:
     assert splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert splits.train.identify(4) == f"{tmp_path}/train/receding/clip1"
     assert ("clips", "6 clips to train on, 4 held out (validation)") in describe(splits)
-    names = take(splits).names.to_pylist()  # the middle frames stand for the clips
+    names = take(splits).names.to_pylist()
     assert names == sorted(
-        f"{split}/{label}/clip{n}/2.png".encode()
+        f"{split}/{label}/clip{n}/{frame}.png".encode()
         for split, count in (("train", 3), ("val", 2))
         for label in ("approaching", "receding")
         for n in range(count)
+        for frame in range(4)
     )
 
 
@@ -304,4 +305,4 @@ def test_open_clips__counts_empty_folders_and_skips_bad_frames(tmp_path: Path) -
     shutil.rmtree(root / "train" / "receding" / "clip1")
     with pytest.raises(BadImage):
         clip(range)
-    assert module.list_clips(root)[0].unit == "clips"
+    assert find_clips(root)[0].unit == "clips"

@@ -1,0 +1,186 @@
+"""Decodes chosen frames of a video file with PyAV. Whatever is wrong with a file is a `BadImage`.
+
+A video of n frames has n moments, equally far apart by its average rate, and frame k is what a player shows at moment
+k: where the rate varies, one may stand for many moments. Only groups of pictures are decoded that hold a chosen frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pecobook.data.decode import BadImage, check_regular, from_pillow, max_pixels
+from pecobook.errors import first_line
+
+Choice = Callable[[int], Sequence[int]]
+"""From the number of frames of a video to the numbers of the frames to read, in ascending order."""
+_FORWARD = 48
+"""Frames that are decoded in passing; from a larger distance on, the reader seeks."""
+_MISSING = 0.05
+"""Share of the frames that a video may lack at its end: the header's length is often a little wrong."""
+_ROUNDED = 0.1
+"""Share of a frame by which a time stamp may be later than its moment: many files hold milliseconds."""
+_OPTIONS = {  # a file can name others, also on other machines: only these formats are read, and no other file
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf",
+    "protocol_whitelist": "file",
+}
+_ATTACHED_PICTURE = 1024
+"""FFmpeg's flag of the cover of a record, which is no video."""
+_TS_PACKETS = (188, 192, 204)
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def read_video(path: Path, choose: Choice) -> Tensor:
+    """Decode chosen frames of a video file: uint8 (T, 3, H, W), RGB, upright.
+
+    A transparent video is composited on white. Values of more than 8 bits, also of high dynamic range, are scaled.
+
+    Raises:
+        BadImage: the file is no video, is cut off or otherwise damaged, or its frames are too large, differ in size or
+            are turned by an angle that is no multiple of 90 degrees.
+    """
+    import av
+
+    name = os.fsencode(path).decode(errors="replace")
+    try:
+        check_regular(path.stat(), name)
+        with av.open(f"file:{path}", options=_OPTIONS) as container:  # else "a:b.mp4" would be b.mp4 of protocol a
+            videos = [each for each in container.streams.video if not each.disposition & _ATTACHED_PICTURE]
+            if not videos:
+                raise BadImage(name, "it holds no video")
+            stream = videos[0]
+            stream.codec_context.thread_count = 1  # many processes read videos
+            if stream.codec_context.width * stream.codec_context.height > max_pixels():
+                raise BadImage(name, f"more than {max_pixels():,} pixels a frame")
+            _check_end(path, container)
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            count = _num_frames(container, stream, rate)
+            return stacked(name, list(_frames_at(container, stream, choose(count), count, rate)))
+    except BadImage as error:
+        raise BadImage(name, error.reason) from None
+    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError) as error:
+        raise BadImage(name, getattr(error, "strerror", None) or first_line(error)) from error
+
+
+def stacked(name: str, frames: list[Tensor]) -> Tensor:
+    """Stack the frames of a clip, (3, H, W) each. Raises BadImage where their sizes differ."""
+    if len({frame.shape for frame in frames}) > 1:
+        raise BadImage(name, "its frames differ in size")
+    return torch.stack(frames)
+
+
+def _check_end(path: Path, container: Any) -> None:
+    """Raise BadImage where a file is cut off whose length FFmpeg takes from what is left of it."""
+    size, is_cut = path.stat().st_size, False
+    if container.format.name == "mpegts":
+        is_cut = all(size % packet for packet in _TS_PACKETS)
+    elif container.format.name == "asf":
+        with path.open("rb") as file:
+            _, found, header = file.read(2**16).partition(_ASF_PROPERTIES)
+        is_cut = bool(found) and size < int.from_bytes(header[24:32], "little")
+    if is_cut:
+        raise BadImage("", "it is cut off at its end")
+
+
+def _num_frames(container: Any, stream: Any, rate: Fraction) -> int:
+    """Return the number of frames by the header, or else by the packets; at least 1. Raises BadImage."""
+    formats = container.format.name.split(",")
+    if stream.frames and "mov" not in formats:  # there it counts the frames in front of an edit list's beginning, too
+        return int(stream.frames)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # of matroska and webm
+    if "mpeg" in formats:  # whose few time stamps give too short a duration
+        seconds = _seconds_of_packets(container, stream, rate)
+    elif stream.duration is not None:
+        seconds = stream.duration * stream.time_base
+    elif tag:
+        seconds = 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3]) - _start(stream)
+    elif container.duration is not None and len(container.streams) == 1:  # else it may be the duration of the sound
+        seconds = Fraction(container.duration, 1_000_000)
+    else:
+        seconds = _seconds_of_packets(container, stream, rate)
+    return max(round(float(seconds * rate)), 1)
+
+
+def _seconds_of_packets(container: Any, stream: Any, rate: Fraction) -> Fraction:
+    """Return the seconds of a video by its packets. Raises BadImage where the file ends before its header says so."""
+    packets = [packet for packet in container.demux() if packet.size]
+    container.seek(0)
+    ends = {
+        packet: (packet.pts + (packet.duration or 0)) * packet.time_base for packet in packets if packet.pts is not None
+    }
+    begin, stated = (Fraction(time or 0, 1_000_000) for time in (container.start_time, container.duration))
+    is_short = bool(ends) and max(ends.values()) - begin < (1 - _MISSING) * stated
+    if is_short or any(packet.is_corrupt for packet in packets[-2:]):
+        raise BadImage("", "it is cut off at its end")
+    of_video = [packet for packet in packets if packet.stream is stream]
+    known = [ends[packet] for packet in of_video if packet in ends]
+    return max(known) - _start(stream) if known else len(of_video) / rate
+
+
+def _start(stream: Any) -> Fraction:
+    return Fraction((stream.start_time or 0) * stream.time_base)
+
+
+def _frames_at(container: Any, stream: Any, numbers: Sequence[int], count: int, rate: Fraction) -> Iterator[Tensor]:
+    """Yield the frames at ascending moments, of `count`. Raises BadImage where the video ends long before."""
+    first, step = stream.start_time or 0, 1 / (rate * stream.time_base)  # in units of the time stamps
+
+    def decoded(stamp: int | None = None) -> Iterator[tuple[float, Any]]:
+        """Yield moments and frames, from the last key frame before a time stamp on, or from here."""
+        if stamp is not None:
+            with contextlib.suppress(OSError):  # some files cannot be sought in
+                container.seek(stamp, stream=stream)
+        for place, frame in enumerate(container.decode(stream)):
+            yield place if frame.pts is None else float((frame.pts - first) / step), frame
+
+    frames = decoded()
+    shown, following = next(frames, None), next(frames, None)
+    last, pixels = None, None
+    for number in numbers:
+        if shown is not None and number - shown[0] > _FORWARD:
+            frames = decoded(first + int(number * step))
+            shown = next(frames, None)
+            if shown is None or shown[1].pts is None or shown[0] > number + _ROUNDED:
+                frames = decoded(first)  # the file has no index that helps
+                shown = next(frames, None)
+            following = next(frames, None)
+        while following is not None and following[0] <= number + _ROUNDED:
+            shown, following = following, next(frames, None)
+        if shown is None:
+            raise BadImage("", "none of its frames can be decoded")
+        place, frame = shown
+        length = float((frame.duration or 0) / step)  # a slide stands for many frames
+        if following is None and number - place > max(_MISSING * count, length, 2):
+            raise BadImage("", f"it ends at frame {max(round(place), 0)} of {count}")
+        if frame is not last or pixels is None:
+            last, pixels = frame, _pixels(frame)
+        yield pixels
+
+
+def _pixels(frame: Any) -> Tensor:
+    """Return a decoded frame, uint8 (3, H, W), upright. Raises BadImage."""
+    if any(component.is_alpha for component in frame.format.components):
+        from PIL import Image
+
+        pixels = from_pillow(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"))
+    else:
+        pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])  # x' = a x + c y, y' = b x + d y
+    is_turned = abs(b * c) > abs(a * d)
+    across, down, *others = (c, b, a, d) if is_turned else (a, d, b, c)
+    if 100 * max(map(abs, others)) > min(abs(across), abs(down)):
+        raise BadImage("", "its frames are turned by an angle that is no multiple of 90 degrees")
+    pixels = pixels.transpose(1, 2) if is_turned else pixels
+    return pixels.flip([axis for axis, sign in ((2, across), (1, down)) if sign < 0])
