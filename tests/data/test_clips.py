@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from pecobook import read_clip
 from pecobook.data.clips import central_crops, find_clips, frame_numbers, open_clips, random_clip
@@ -19,12 +16,11 @@ from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.record import take
 from pecobook.data.summary import describe
-from pecobook.data.videos import read_video
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
 from pecobook.settings.images import ClipConfig
 from pecobook.utils import extras
-from tests.clips import moving_square, write_frames, write_moving, write_video
+from tests.clips import moving_square, write_frames, write_moving
 
 STRIDE = ClipConfig(frames=8, stride=32)
 SEGMENTS = ClipConfig(frames=8, sampling="segments")
@@ -117,133 +113,6 @@ def test_random_clip__one_crop_and_one_flip_for_all_frames() -> None:
     ]
     assert 10 < sum(flips) < 30
     assert plain.shape == (3, 12, 12)
-
-
-# ---------------------------------------------------------------------------------------------------------- video files
-
-
-def video(file: Path, frames: int = 120, **more: object) -> np.ndarray:
-    """Write a video whose frame n has the grey value 2 n, and return it."""
-    pytest.importorskip("av")
-    clip = np.repeat(2 * np.arange(frames, dtype=np.uint8), 32 * 48 * 3).reshape(frames, 32, 48, 3)
-    write_video(file, clip, **more)  # type: ignore[arg-type]
-    return clip
-
-
-def greys(frames: Tensor) -> list[int]:
-    return [round(float(frame.float().mean()) / 2) for frame in frames]
-
-
-@pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.avi"])
-def test_read_video__reads_the_chosen_frames(name: str, tmp_path: Path) -> None:
-    video(tmp_path / name)
-    everything = read_video(tmp_path / name, range)
-    assert everything.shape == (120, 3, 32, 48)
-    assert all(abs(grey - number) <= 1 for number, grey in enumerate(greys(everything)))  # the codec loses a little
-    for chosen in ([0], [119], [3, 3, 4, 100], [60, 61, 118], [2, 70, 119], [49, 98]):
-        assert torch.equal(read_video(tmp_path / name, lambda _, chosen=chosen: chosen), everything[chosen])  # type: ignore[misc]
-
-
-def test_read_video__decodes_only_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    video(tmp_path / "x.mp4", gop=12)
-    av = pytest.importorskip("av")
-    decoded: list[int] = []
-
-    class Counted:
-        def __init__(self, container: object) -> None:
-            self.container = container
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.container, name)
-
-        def __enter__(self) -> Counted:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.container.close()  # type: ignore[attr-defined]
-
-        def decode(self, stream: object) -> object:
-            for frame in self.container.decode(stream):  # type: ignore[attr-defined]
-                decoded.append(1)
-                yield frame
-
-    opened = av.open
-    monkeypatch.setattr(av, "open", lambda *args, **kwargs: Counted(opened(*args, **kwargs)))
-    assert greys(read_video(tmp_path / "x.mp4", lambda _: [0, 112])) == [0, 112]
-    assert len(decoded) < 20
-
-
-def test_read_video__damaged_files_are_bad_images(tmp_path: Path) -> None:
-    video(tmp_path / "x.avi")
-    data = (tmp_path / "x.avi").read_bytes()
-    for name, content in {"empty": b"", "noise": bytes(range(256)) * 40, "text": b"#EXTM3U\n/etc/passwd\n"}.items():
-        (tmp_path / f"{name}.mp4").write_bytes(content)
-        with pytest.raises(BadImage, match=f"{name}.mp4"):
-            read_video(tmp_path / f"{name}.mp4", lambda _: [0])
-    (tmp_path / "cut.avi").write_bytes(data[: len(data) // 2])
-    with pytest.raises(BadImage, match=r"ends at frame \d+ of 120|Invalid data"):
-        read_video(tmp_path / "cut.avi", lambda _: [0, 110])
-    assert len(read_video(tmp_path / "cut.avi", lambda _: [0, 20])) == 2
-    with pytest.raises(BadImage):
-        read_video(tmp_path / "nothing.mp4", lambda _: [0])
-
-
-def remux(file: Path, *sources: Path, last: int = 1, seconds_of_sound: int = 0) -> Path:
-    """Write the packets of the sources one after the other; the last one of all is shown `last` times as long."""
-    av = pytest.importorskip("av")
-    with contextlib.ExitStack() as stack:
-        inputs = [stack.enter_context(av.open(str(source))) for source in sources]
-        out = stack.enter_context(av.open(str(file), "w"))
-        stream = out.add_stream_from_template(inputs[0].streams.video[0])
-        sound = out.add_stream("aac", rate=8000) if seconds_of_sound else None
-        packets = [[packet for packet in each.demux(each.streams.video[0]) if packet.size] for each in inputs]
-        packets[-1][-1].duration *= last
-        for number, group in enumerate(packets):
-            for packet in group:
-                packet.pts = packet.dts = packet.pts + number * (packets[0][-1].pts + packets[0][0].duration)
-                packet.stream = stream
-                out.mux(packet)
-        for second in range(seconds_of_sound):
-            assert sound is not None
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-            frame.rate, frame.pts = 8000, second * 8000
-            out.mux(sound.encode(frame))
-        if sound:
-            out.mux(sound.encode(None))
-    return file
-
-
-@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
-def test_read_video__a_slide_at_the_end_stands_for_many_frames(name: str, tmp_path: Path) -> None:
-    video(tmp_path / "y.mp4", 20)
-    file = remux(tmp_path / name, tmp_path / "y.mp4", last=100)
-    assert greys(read_video(file, lambda count: [0, 4 * count // 5, count - 1])) == [0, 19, 19]
-
-
-def test_read_video__sound_that_is_longer_adds_no_frames(tmp_path: Path) -> None:
-    video(tmp_path / "y.mp4", 20)
-    file = remux(tmp_path / "x.mkv", tmp_path / "y.mp4", seconds_of_sound=4)
-    assert greys(read_video(file, lambda count: [count - 1])) == [19]
-
-
-def test_read_video__frames_of_two_sizes_are_a_bad_image(tmp_path: Path) -> None:
-    video(tmp_path / "a.mkv", 12, codec="mpeg2video")  # whose packets hold their sizes
-    write_video(tmp_path / "b.mkv", np.zeros((12, 48, 64, 3), np.uint8), codec="mpeg2video")
-    file = remux(tmp_path / "x.mkv", tmp_path / "a.mkv", tmp_path / "b.mkv")
-    with pytest.raises(BadImage, match=r"x.mkv.*its frames differ in size"):
-        read_video(file, lambda count: [0, count - 1])
-
-
-@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_read_video__is_upright(matrix: tuple[int, ...], turns: int, tmp_path: Path) -> None:
-    write_video(tmp_path / "x.mp4", np.pad(np.full((3, 16, 24, 3), 250, np.uint8), ((0, 0), (0, 16), (0, 24), (0, 0))))
-    plain = read_video(tmp_path / "x.mp4", lambda _: [0])
-    a, b, c, d = (number * 65536 for number in matrix)  # of the track's header: x' = a x + c y, y' = b x + d y
-    data = (tmp_path / "x.mp4").read_bytes()
-    old, new = (struct.pack(">9i", *first, 0, 0, 1 << 30) for first in ((65536, 0, 0, 0, 65536, 0), (a, b, 0, c, d, 0)))
-    place = data.index(old, data.index(b"tkhd"))
-    (tmp_path / "x.mp4").write_bytes(data[:place] + new + data[place + len(old) :])
-    assert torch.equal(read_video(tmp_path / "x.mp4", lambda _: [0]), plain.rot90(turns, (2, 3)))
 
 
 def test_open_clips__videos_and_what_is_left_out(tmp_path: Path) -> None:

@@ -53,18 +53,26 @@ def read_video(path: Path, choose: Choice) -> Tensor:
     name = os.fsencode(path).decode(errors="replace")
     try:
         check_regular(path.stat(), name)
-        with av.open(f"file:{path}", options=_OPTIONS) as container:  # else "a:b.mp4" would be b.mp4 of protocol a
-            videos = [each for each in container.streams.video if not each.disposition & _ATTACHED_PICTURE]
-            if not videos:
-                raise BadImage(name, "it holds no video")
-            stream = videos[0]
-            stream.codec_context.thread_count = 1  # many processes read videos
+        with contextlib.ExitStack() as files:
+
+            def opened() -> tuple[Any, Any]:
+                """Return the file, at its beginning, and its video; "a:b.mp4" alone would be b.mp4 of protocol a."""
+                container = files.enter_context(av.open(f"file:{path}", options=_OPTIONS))
+                videos = [each for each in container.streams.video if not each.disposition & _ATTACHED_PICTURE]
+                if not videos:
+                    raise BadImage(name, "it holds no video")
+                videos[0].codec_context.thread_count = 1  # many processes read videos
+                return container, videos[0]
+
+            container, stream = opened()
             if stream.codec_context.width * stream.codec_context.height > max_pixels():
                 raise BadImage(name, f"more than {max_pixels():,} pixels a frame")
             _check_end(path, container)
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            count = _num_frames(container, stream, rate)
-            return stacked(name, list(_frames_at(container, stream, choose(count), count, rate)))
+            seconds = _seconds(container, stream)
+            frames = stream.frames if seconds is None else round(float(seconds * rate))
+            count = max(frames or _num_packets(*opened(), rate), 1)
+            return stacked(name, list(_frames_at(container, stream, choose(count), count, rate, opened)))
     except BadImage as error:
         raise BadImage(name, error.reason) from None
     except (av.error.FFmpegError, OSError, ValueError, ArithmeticError) as error:
@@ -91,29 +99,28 @@ def _check_end(path: Path, container: Any) -> None:
         raise BadImage("", "it is cut off at its end")
 
 
-def _num_frames(container: Any, stream: Any, rate: Fraction) -> int:
-    """Return the number of frames by the header, or else by the packets; at least 1. Raises BadImage."""
+def _seconds(container: Any, stream: Any) -> Fraction | None:
+    """Return the length of a video by the header; None where the header has a number of frames, or neither."""
     formats = container.format.name.split(",")
-    if stream.frames and "mov" not in formats:  # there it counts the frames in front of an edit list's beginning, too
-        return int(stream.frames)
+    if "mpeg" in formats or (stream.frames and "mov" not in formats):
+        return None  # mpeg has few time stamps; the frames of mov are also those in front of an edit list's beginning
+    if stream.duration is not None:
+        return Fraction(stream.duration * stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # of matroska and webm
-    if "mpeg" in formats:  # whose few time stamps give too short a duration
-        seconds = _seconds_of_packets(container, stream, rate)
-    elif stream.duration is not None:
-        seconds = stream.duration * stream.time_base
-    elif tag:
-        seconds = 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3]) - _start(stream)
-    elif container.duration is not None and len(container.streams) == 1:  # else it may be the duration of the sound
-        seconds = Fraction(container.duration, 1_000_000)
-    else:
-        seconds = _seconds_of_packets(container, stream, rate)
-    return max(round(float(seconds * rate)), 1)
+    if tag:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3]) - _start(stream)
+    if container.duration is not None and len(container.streams) == 1:  # else it may be the length of the sound
+        return Fraction(container.duration, 1_000_000)
+    return None
 
 
-def _seconds_of_packets(container: Any, stream: Any, rate: Fraction) -> Fraction:
-    """Return the seconds of a video by its packets. Raises BadImage where the file ends before its header says so."""
+def _start(stream: Any) -> Fraction:
+    return Fraction((stream.start_time or 0) * stream.time_base)
+
+
+def _num_packets(container: Any, stream: Any, rate: Fraction) -> int:
+    """Return the number of frames by the packets. Raises BadImage where the file ends before its header says so."""
     packets = [packet for packet in container.demux() if packet.size]
-    container.seek(0)
     ends = {
         packet: (packet.pts + (packet.duration or 0)) * packet.time_base for packet in packets if packet.pts is not None
     }
@@ -123,34 +130,37 @@ def _seconds_of_packets(container: Any, stream: Any, rate: Fraction) -> Fraction
         raise BadImage("", "it is cut off at its end")
     of_video = [packet for packet in packets if packet.stream is stream]
     known = [ends[packet] for packet in of_video if packet in ends]
-    return max(known) - _start(stream) if known else len(of_video) / rate
+    return round(float((max(known) - _start(stream)) * rate)) if known else len(of_video)
 
 
-def _start(stream: Any) -> Fraction:
-    return Fraction((stream.start_time or 0) * stream.time_base)
-
-
-def _frames_at(container: Any, stream: Any, numbers: Sequence[int], count: int, rate: Fraction) -> Iterator[Tensor]:
+def _frames_at(
+    container: Any,
+    stream: Any,
+    numbers: Sequence[int],
+    count: int,
+    rate: Fraction,
+    opened: Callable[[], tuple[Any, Any]],
+) -> Iterator[Tensor]:
     """Yield the frames at ascending moments, of `count`. Raises BadImage where the video ends long before."""
     first, step = stream.start_time or 0, 1 / (rate * stream.time_base)  # in units of the time stamps
 
-    def decoded(stamp: int | None = None) -> Iterator[tuple[float, Any]]:
-        """Yield moments and frames, from the last key frame before a time stamp on, or from here."""
-        if stamp is not None:
-            with contextlib.suppress(OSError):  # some files cannot be sought in
-                container.seek(stamp, stream=stream)
+    def decoded(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+        """Yield moments and frames from here on."""
         for place, frame in enumerate(container.decode(stream)):
             yield place if frame.pts is None else float((frame.pts - first) / step), frame
 
-    frames = decoded()
+    frames, can_seek = decoded(container, stream), True
     shown, following = next(frames, None), next(frames, None)
     last, pixels = None, None
     for number in numbers:
-        if shown is not None and number - shown[0] > _FORWARD:
-            frames = decoded(first + int(number * step))
-            shown = next(frames, None)
+        if can_seek and shown is not None and number - shown[0] > _FORWARD:
+            frames, shown = iter(()), None
+            with contextlib.suppress(OSError):
+                container.seek(first + int(number * step), stream=stream)
+                frames = decoded(container, stream)
+                shown = next(frames, None)
             if shown is None or shown[1].pts is None or shown[0] > number + _ROUNDED:
-                frames = decoded(first)  # the file has no index that helps
+                frames, can_seek = decoded(*opened()), False  # the file has no index that helps
                 shown = next(frames, None)
             following = next(frames, None)
         while following is not None and following[0] <= number + _ROUNDED:
