@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import torch
 from PIL import Image
 
 from pecobook import read_clip
-from pecobook.data.clips import central_crops, find_clips, frame_numbers, open_clips, random_clip
+from pecobook.data.clips import central_crops, find_clips, frame_numbers, notes_on_frames, open_clips, random_clip
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
-from pecobook.data.record import take
+from pecobook.data.record import compare, take
 from pecobook.data.summary import describe
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
@@ -62,6 +63,71 @@ def test_open_clips__splits_and_classes_as_of_images(tmp_path: Path) -> None:
         for n in range(count)
         for frame in range(4)
     )
+
+
+def test_record__sees_every_frame(tmp_path: Path) -> None:
+    root = write_moving(tmp_path, train=2, held_out=1)
+    before = take(open_clips(str(root)))
+    frame = root / "train" / "receding" / "clip1" / "0.png"
+    Image.new("RGB", (16, 16)).save(frame)
+    changed = compare(before, take(open_clips(str(root))))
+    assert str(changed) == "1 changed (train/receding/clip1/0.png)"
+    digest = open_clips(str(root)).train.fingerprint
+    frame.unlink()
+    assert str(compare(before, take(open_clips(str(root))))) == "1 removed (train/receding/clip1/0.png)"
+    assert open_clips(str(root)).train.fingerprint != digest
+
+
+def test_open_clips__takes_any_name_links_and_hidden_files(tmp_path: Path) -> None:
+    frames = moving_square(0, 1)
+    for number, name in enumerate(("a clip", "ü", os.fsdecode(b"\xff\xfe"))):
+        write_frames(tmp_path / "frames" / name, frames)
+        link = tmp_path / "data" / ("cat" if number else "dog") / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tmp_path / "frames" / name)
+    (tmp_path / "frames" / "a clip" / ".2.png").write_bytes(b"no image")
+    (tmp_path / "data" / "cat" / "missing").symlink_to(tmp_path / "frames" / "missing")  # of a list with more videos
+    splits = open_clips(str(tmp_path / "data"))
+    assert (len(splits.train) + len(splits.evaluation), splits.train.classes) == (3, ("cat", "dog"))
+    assert splits.left_out == {"broken link": 1, "hidden": 1}
+    for part in (splits.train, splits.evaluation):
+        for index in range(len(part)):
+            (clip,) = part.sample(index)
+            assert torch.equal(clip(range), torch.from_numpy(frames).permute(0, 3, 1, 2))
+
+
+def test_open_clips__a_class_without_held_out_clips_is_kept_and_one_without_training_refused(tmp_path: Path) -> None:
+    root = write_moving(tmp_path, train=2, held_out=1)
+    shutil.rmtree(root / "val" / "receding")
+    splits = open_clips(str(root))
+    assert splits.evaluation.classes == splits.train.classes == ("approaching", "receding")
+    assert "held out: approaching 1, receding 0" in dict(describe(splits))["classes"]
+    shutil.move(root / "train" / "receding", root / "val" / "receding")
+    with pytest.raises(DataError, match="all clips of train have the one class 'approaching'"):
+        open_clips(str(root))
+
+
+def test_notes_on_frames__only_of_folders_of_numbered_frames(tmp_path: Path) -> None:
+    def notes(names: list[str]) -> tuple[str, ...]:
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        for label in ("cat", "dog"):
+            for name in names:
+                file = tmp_path / "x" / label / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (4, 4)).save(file)
+        return notes_on_frames(open_images(str(tmp_path / "x")).train)
+
+    numbers = range(1, 13)
+    (note,) = notes([f"{clip}/frame{n}.png" for clip in "ab" for n in numbers])  # 1, 10, 11, 12, 2, ...
+    assert note.startswith(f"Each class has folders of numbered images, such as '{tmp_path}/x/cat/a', and each image")
+    assert note.endswith("--clip.frames 8 reads each folder as a clip.")
+    assert notes([f"{clip}/{n:05d}.png" for clip in "ab" for n in range(4)])
+    assert not notes([f"{n}.png" for n in numbers])  # no subfolders
+    assert not notes([f"images/{n}.png" for n in numbers])  # one subfolder
+    assert not notes([f"{site}/{2 * n}.png" for site in "ab" for n in numbers])  # with gaps
+    assert not notes([f"{site}/{name}.png" for site in "ab" for name in ("left", "right", "top", "below")])
+    assert not notes([f"{site}/{n}.png" for site in "ab" for n in range(100, 112)])  # a part of one numbering
+    assert not notes([f"{site}/{n}.png" for site in "ab" for n in range(3)])
 
 
 def test_frames__are_in_the_order_of_their_numbers(tmp_path: Path) -> None:

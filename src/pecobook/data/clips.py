@@ -149,7 +149,7 @@ def open_clips(data: str) -> Splits:
     folder_of = np.arange(len(groups))
     parts = parts_of(layout, store, folder_of)
     splits = assemble(data, Contents(parts, dict(left_out + count_unused(layout, folder_of)), layout.notes))
-    if splits.train.labels is None and store.frames(0) is not None:
+    if splits.train.labels is None and not splits.train.unlabelled and store.frames(0) is not None:
         raise DataError(
             f"--data '{data}': its {len(store):,} folders of images are taken for clips, without classes. "
             "Clips are videos or folders of frames: CLASS/clip.mp4 or CLASS/clip/0001.jpg."
@@ -207,7 +207,10 @@ def clips_of(source: str, config: ClipConfig) -> ImageSource:
     root = Path(source).expanduser()
     if not root.exists():
         raise DataError(f"'{source}' does not exist: give a folder of videos or of frames, or a video.")
-    store, _, left_out = find_clips(root, config)
+    try:
+        store, _, left_out = find_clips(root, config)
+    except DataError as error:
+        raise DataError(str(error).removeprefix("--data ")) from None
     return ImageSource(store, name=source, split="train", left_out=left_out)
 
 
