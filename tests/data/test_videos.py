@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_read_video__a_file_with_sound_that_is_cut_off_is_noticed(kind: str, cod
         read_video(cut(file, file.stat().st_size // 4), lambda count: [count - 1])
 
 
-MATRICES = {
+MATRICES: dict[tuple[float, ...], Callable[[Tensor], Tensor]] = {
     (0, 1, -1, 0): lambda x: x.rot90(-1, (2, 3)),
     (-1, 0, 0, -1): lambda x: x.rot90(2, (2, 3)),
     (0, -1, 1, 0): lambda x: x.rot90(1, (2, 3)),
@@ -195,7 +196,7 @@ def encode(
     """Encode frames uint8 (H, W, 3 or 4), shown at these milliseconds."""
     with av.open(str(file), "w") as container:
         stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
+        (stream.height, stream.width), stream.pix_fmt = frames[0].shape[:2], pixels
         if times:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, array in enumerate(frames):

@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import pecobook
@@ -97,6 +99,35 @@ def test_finetune__of_frames_as_images_is_told_of_clips(clips: Path, images: Pat
     assert f"'{clips}/train/approaching/clip0'" in note
     assert ClassifyStage.open(replace(config, {"clip.frames": 4})).notes == ()
     assert ClassifyStage.open(replace(config, {"data": str(images)})).notes == ()
+
+
+def test_transform__of_images_and_clips_exclude_each_other(clips: Path, vit_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"transform= takes single images, and clip.frames reads clips"):
+        train("finetune", clips, tmp_path / "a", backbone=str(vit_run), transform=lambda image: image, **CLIPS)
+
+
+def test_value_range__of_a_clip_run_is_that_of_its_frames_everywhere(vit_run: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("val", 2)):
+        for label in ("a", "b"):
+            for clip in range(count):
+                folder = tmp_path / "deep" / split / label / f"{clip}"
+                folder.mkdir(parents=True)
+                for number in range(4):
+                    values = np.full((16, 16), 1000 * (number + 1), np.uint16)
+                    Image.fromarray(values).save(folder / f"{number}.png")
+    more = {**CLIPS, "value_range": (1000.0, 4000.0), "max_steps": "1"}
+    run = train("finetune", tmp_path / "deep", tmp_path / "run", backbone=str(vit_run), **more)
+    model = pecobook.ClipClassifier.from_pretrained(run)
+    code = model.loading_code(str(run))
+    assert "value_range=model.value_range" in code
+    frames = pecobook.read_clip(tmp_path / "deep/val/a/0", model.clip, 16, value_range=model.value_range)
+    assert frames[:, 0, 0, 0].tolist() == [0, 85, 170, 255]
+    said_by(["predict", str(run), str(tmp_path / "deep/val"), "--out", str(tmp_path / "p")])
+    row = next(csv.DictReader((tmp_path / "p" / "predictions.csv").open()))
+    assert float(row["probability"]) == pytest.approx(float(model(frames[None]).softmax(1).max().detach()), abs=1e-4)
+    code = code.replace('"clip.mp4"', repr(str(tmp_path / "deep/val/a/0")))
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, {})
 
 
 def test_finetune__two_processes_equal_one(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode, read_file
+from pecobook.data.deep import ValueRange
 from pecobook.data.folders import FileStore, Listing, walk
 from pecobook.data.images import check_labels
 from pecobook.data.layout import Folder, count_unused, parts_of, read_layout
@@ -30,7 +31,7 @@ from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary
 from pecobook.data.videos import Choice, read_video, stacked
 from pecobook.data.views import rand_augment, random_crop
 from pecobook.errors import DataError
-from pecobook.settings.images import ClipConfig
+from pecobook.settings.images import AUTO, ClipConfig, RangeSetting
 from pecobook.utils.distributed import made_by_first_rank
 from pecobook.utils.extras import require
 from pecobook.utils.images import resize
@@ -199,7 +200,7 @@ def find_clips(root: Path, config: ClipConfig | None = None) -> tuple[ClipStore,
 
 
 def _listed(root: Path, extensions: Sequence[str]) -> Listing:
-    return made_by_first_rank(f"listing of the clips of {root}", lambda: walk(root, extensions))
+    return made_by_first_rank(f"listing of {root}: {extensions[0]}", lambda: walk(root, extensions))
 
 
 def clips_of(source: str, config: ClipConfig) -> ImageSource:
@@ -316,7 +317,14 @@ def central_crops(frames: Tensor, config: ClipConfig, size: int, share: float = 
     return crops[0] if config.crops == 1 else torch.stack(crops)
 
 
-def read_clip(path: str | Path, config: ClipConfig, size: int, *, crop: float = 1.0) -> Tensor:
+def read_clip(
+    path: str | Path,
+    config: ClipConfig,
+    size: int,
+    *,
+    crop: float = 1.0,
+    value_range: RangeSetting = AUTO,
+) -> Tensor:
     """Read the clip of a video file, or of a folder of frames, as a classifier of clips reads it in evaluation.
 
     Args:
@@ -324,6 +332,7 @@ def read_clip(path: str | Path, config: ClipConfig, size: int, *, crop: float = 
         config: which frames to read, the `clip` of a `ClipClassifier`.
         size: side of the squares, pixels.
         crop: side of the squares before they are resized, as a share of the shorter side of the video.
+        value_range: the values that become black and white in frames with more than 8 bits, a network's `value_range`.
 
     Returns:
         uint8 (T, 3, size, size), or (3, T, 3, size, size) with three crops.
@@ -334,6 +343,7 @@ def read_clip(path: str | Path, config: ClipConfig, size: int, *, crop: float = 
     clips = clips_of(str(path), config)
     if len(clips) > 1:
         raise DataError(f"'{path}' holds {len(clips):,} clips: give one of them.")
+    clips.use_range(None if value_range == AUTO else ValueRange(*map(float, value_range)))
     try:
         return central_crops(clips.read(0), config, size, crop)
     except BadImage as error:
