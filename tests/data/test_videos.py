@@ -306,7 +306,7 @@ def test_read_video__sound_is_no_video_nor_is_its_cover(tmp_path: Path) -> None:
         sound = container.add_stream("aac", rate=8000)
         cover = container.add_stream("mjpeg")
         cover.width, cover.height, cover.pix_fmt = 48, 32, "yuvj420p"
-        cover.disposition = 1024
+        cover.disposition = av.stream.Disposition.attached_pic
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
         frame.rate, frame.pts = 8000, 0
         container.mux(sound.encode(frame))

@@ -33,8 +33,6 @@ _OPTIONS = {  # a file can name others, also on other machines: only these forma
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf",
     "protocol_whitelist": "file",
 }
-_ATTACHED_PICTURE = 1024
-"""FFmpeg's flag of the cover of a record, which is no video."""
 _TS_PACKETS = (188, 192, 204)
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
@@ -58,7 +56,8 @@ def read_video(path: Path, choose: Choice) -> Tensor:
             def opened() -> tuple[Any, Any]:
                 """Return the file, at its beginning, and its video; "a:b.mp4" alone would be b.mp4 of protocol a."""
                 container = files.enter_context(av.open(f"file:{path}", options=_OPTIONS))
-                videos = [each for each in container.streams.video if not each.disposition & _ATTACHED_PICTURE]
+                cover = av.stream.Disposition.attached_pic  # of a record, which is no video
+                videos = [each for each in container.streams.video if not each.disposition & cover]
                 if not videos:
                     raise BadImage(name, "it holds no video")
                 videos[0].codec_context.thread_count = 1  # many processes read videos
