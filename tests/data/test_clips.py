@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -128,6 +131,17 @@ def test_notes_on_frames__only_of_folders_of_numbered_frames(tmp_path: Path) -> 
     assert not notes([f"{site}/{name}.png" for site in "ab" for name in ("left", "right", "top", "below")])
     assert not notes([f"{site}/{n}.png" for site in "ab" for n in range(100, 112)])  # a part of one numbering
     assert not notes([f"{site}/{n}.png" for site in "ab" for n in range(3)])
+
+
+def test_notes_on_frames__of_a_table_with_a_class_without_images(tmp_path: Path) -> None:
+    encoded = io.BytesIO()
+    Image.new("L", (4, 4)).save(encoded, "PNG")
+    table = pa.table({"image": [encoded.getvalue(), b"", encoded.getvalue()], "label": [0, 1, 1]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "classes.txt").write_text("cat\ndog\nemu\n")
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes == ("cat", "dog", "emu")
+    assert notes_on_frames(splits.train) == ()
 
 
 def test_frames__are_in_the_order_of_their_numbers(tmp_path: Path) -> None:

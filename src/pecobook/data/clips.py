@@ -222,16 +222,19 @@ def notes_on_frames(images: ImageSource) -> tuple[str, ...]:
     """
     if images.labels is None:
         return ()
-    seen = []
-    for label in range(min(len(images.classes or ()), _LOOKED_AT)):
+    example = ""
+    for label in np.unique(images.labels)[:_LOOKED_AT].tolist():
         numbers = np.flatnonzero(images.labels == label)[[0, -1]].tolist()
-        files = [file for number in numbers if isinstance(file := images.file(number), Path)]
-        folders = list(dict.fromkeys(file.parent for file in files))
-        seen += folders
+        try:
+            files = [images.file(number) for number in numbers]
+        except BadImage:  # of a table or a shard
+            return ()
+        folders = {file.parent for file in files if isinstance(file, Path)}
         if len(folders) < 2 or not all(map(_holds_frames, folders)):
             return ()
+        example = example or str(min(folders))
     return (
-        f"Each class has folders of numbered images, such as '{seen[0]}', and each image is learned by itself; if they "
+        f"Each class has folders of numbered images, such as '{example}', and each image is learned by itself; if they "
         "are the frames of videos, --clip.frames 8 reads each folder as a clip.",
     )
 

@@ -23,6 +23,8 @@ from pecobook.errors import first_line
 
 Choice = Callable[[int], Sequence[int]]
 """From the number of frames of a video to the numbers of the frames to read, in ascending order."""
+Opened = Callable[[], tuple[Any, Any]]
+"""Returns a video file, at its beginning, and its video."""
 _FORWARD = 48
 """Frames that are decoded in passing; from a larger distance on, the reader seeks."""
 _MISSING = 0.05
@@ -133,12 +135,7 @@ def _num_packets(container: Any, stream: Any, rate: Fraction) -> int:
 
 
 def _frames_at(
-    container: Any,
-    stream: Any,
-    numbers: Sequence[int],
-    count: int,
-    rate: Fraction,
-    opened: Callable[[], tuple[Any, Any]],
+    container: Any, stream: Any, numbers: Sequence[int], count: int, rate: Fraction, opened: Opened
 ) -> Iterator[Tensor]:
     """Yield the frames at ascending moments, of `count`. Raises BadImage where the video ends long before."""
     first, step = stream.start_time or 0, 1 / (rate * stream.time_base)  # in units of the time stamps

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -100,15 +100,17 @@ def _predict_all(config: PredictConfig, sources: Sources, writer: Writer, out: P
     used_names: set[str] = set()
     num_predicted, summary = 0, ""
     try:
-        for name, image in read_images(sources, writer.shortest):
-            try:
-                if isinstance(image, BadImage):
-                    raise image
-                writer.add(name, file_name(name, used_names), image)
-                num_predicted += 1
-            except BadImage as error:
-                skipped.append(str(error))
-            progress.show(num_predicted + len(skipped), {})
+        for source, prefix in sources:
+            for index, image in enumerate(read_whole(source, writer.shortest)):
+                try:
+                    if isinstance(image, BadImage):
+                        raise image
+                    name = source.identify(index).removeprefix(prefix)
+                    writer.add(name, file_name(name, used_names), image)
+                    num_predicted += 1
+                except BadImage as error:
+                    skipped.append(str(error))
+                progress.show(num_predicted + len(skipped), {})
     finally:  # also after an error or Ctrl-C, the predictions that were made are kept
         progress.close()
         if num_predicted:
@@ -121,18 +123,6 @@ def _predict_all(config: PredictConfig, sources: Sources, writer: Writer, out: P
             f"None of the {counted(total, unit)} of '{config.images}' can be predicted; the first: {skipped[0]}."
         )
     return summary
-
-
-def read_images(sources: Sources, shortest: int = 0) -> Iterator[tuple[str, Tensor | BadImage]]:
-    """Decode images in worker processes; `shortest` as in `decode`.
-
-    Yields:
-        name of an image, and the pixels uint8 (3, H, W), of a clip the frames (T, 3, H, W), or the reason why it cannot
-        be read.
-    """
-    for source, prefix in sources:
-        for index, image in enumerate(read_whole(source, shortest)):
-            yield source.identify(index).removeprefix(prefix), image
 
 
 def file_name(name: str, used_names: set[str]) -> str:
