@@ -106,7 +106,7 @@ def test_open_clips__a_class_without_held_out_clips_is_kept_and_one_without_trai
     assert splits.evaluation.classes == splits.train.classes == ("approaching", "receding")
     assert "held out: approaching 1, receding 0" in dict(describe(splits))["classes"]
     shutil.move(root / "train" / "receding", root / "val" / "receding")
-    with pytest.raises(DataError, match="all clips of train have the one class 'approaching'"):
+    with pytest.raises(DataError, match="all its clips lie in the one class folder 'approaching'"):
         open_clips(str(root))
 
 
