@@ -110,6 +110,8 @@ def _run(command: str, name: str, keywords: Mapping[str, object]) -> Path:
         bank: str = getattr(config, "tokens", "")
         if bank and "transform" in objects:
             raise ConfigError("transform= and tokens= exclude each other: a bank holds tokens of untransformed images.")
+        if "transform" in objects and command == "finetune" and config.clip.frames:
+            raise ConfigError("transform= takes single images, and clip.frames reads clips: leave out one of them.")
         return run(command, config, name)
 
 

@@ -118,6 +118,11 @@ def some_of(names: Iterable[object], most: int = 10) -> str:
     return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
 
 
+def counted(number: int, unit: str) -> str:
+    """Return a number with its unit, which is given in the plural: "1 image", "1,000 images"."""
+    return f"{number:,} {unit if number != 1 else unit.removesuffix('s')}"
+
+
 def grouped(problems: Iterable[tuple[str, str]], more: str) -> tuple[str, ...]:
     """Return the first text of each kind of problem, with the number of further ones.
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from pecobook import cli, predict
-from pecobook.commands.predict import file_name, list_images, writers
+from pecobook.commands.predict import file_name, writers
+from pecobook.commands.predict.sources import list_images
 from pecobook.data import stream, views
 from pecobook.data.decode import decode
 from pecobook.data.source import ImageSource

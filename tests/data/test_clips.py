@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
+import os
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from pecobook import read_clip
-from pecobook.data import clips as module
-from pecobook.data.clips import central_crops, frame_numbers, open_clips, random_clip, read_video
+from pecobook.data.clips import central_crops, find_clips, frame_numbers, notes_on_frames, open_clips, random_clip
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
-from pecobook.data.record import take
+from pecobook.data.record import compare, take
 from pecobook.data.summary import describe
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
 from pecobook.settings.images import ClipConfig
 from pecobook.utils import extras
-from tests.clips import moving_square, write_frames, write_moving, write_video
+from tests.clips import moving_square, write_frames, write_moving
 
 STRIDE = ClipConfig(frames=8, stride=32)
 SEGMENTS = ClipConfig(frames=8, sampling="segments")
@@ -58,13 +58,90 @@ def test_open_clips__splits_and_classes_as_of_images(tmp_path: Path) -> None:
     assert splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert splits.train.identify(4) == f"{tmp_path}/train/receding/clip1"
     assert ("clips", "6 clips to train on, 4 held out (validation)") in describe(splits)
-    names = take(splits).names.to_pylist()  # the middle frames stand for the clips
+    names = take(splits).names.to_pylist()
     assert names == sorted(
-        f"{split}/{label}/clip{n}/2.png".encode()
+        f"{split}/{label}/clip{n}/{frame}.png".encode()
         for split, count in (("train", 3), ("val", 2))
         for label in ("approaching", "receding")
         for n in range(count)
+        for frame in range(4)
     )
+
+
+def test_record__sees_every_frame(tmp_path: Path) -> None:
+    root = write_moving(tmp_path, train=2, held_out=1)
+    before = take(open_clips(str(root)))
+    frame = root / "train" / "receding" / "clip1" / "0.png"
+    Image.new("RGB", (16, 16)).save(frame)
+    changed = compare(before, take(open_clips(str(root))))
+    assert str(changed) == "1 changed (train/receding/clip1/0.png)"
+    digest = open_clips(str(root)).train.fingerprint
+    frame.unlink()
+    assert str(compare(before, take(open_clips(str(root))))) == "1 removed (train/receding/clip1/0.png)"
+    assert open_clips(str(root)).train.fingerprint != digest
+
+
+def test_open_clips__takes_any_name_links_and_hidden_files(tmp_path: Path) -> None:
+    frames = moving_square(0, 1)
+    for number, name in enumerate(("a clip", "ü", os.fsdecode(b"\xff\xfe"))):
+        write_frames(tmp_path / "frames" / name, frames)
+        link = tmp_path / "data" / ("cat" if number else "dog") / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tmp_path / "frames" / name)
+    (tmp_path / "frames" / "a clip" / ".2.png").write_bytes(b"no image")
+    (tmp_path / "data" / "cat" / "missing").symlink_to(tmp_path / "frames" / "missing")  # of a list with more videos
+    splits = open_clips(str(tmp_path / "data"))
+    assert (len(splits.train) + len(splits.evaluation), splits.train.classes) == (3, ("cat", "dog"))
+    assert splits.left_out == {"broken link": 1, "hidden": 1}
+    for part in (splits.train, splits.evaluation):
+        for index in range(len(part)):
+            (clip,) = part.sample(index)
+            assert torch.equal(clip(range), torch.from_numpy(frames).permute(0, 3, 1, 2))
+
+
+def test_open_clips__a_class_without_held_out_clips_is_kept_and_one_without_training_refused(tmp_path: Path) -> None:
+    root = write_moving(tmp_path, train=2, held_out=1)
+    shutil.rmtree(root / "val" / "receding")
+    splits = open_clips(str(root))
+    assert splits.evaluation.classes == splits.train.classes == ("approaching", "receding")
+    assert "held out: approaching 1, receding 0" in dict(describe(splits))["classes"]
+    shutil.move(root / "train" / "receding", root / "val" / "receding")
+    with pytest.raises(DataError, match="all its clips lie in the one class folder 'approaching'"):
+        open_clips(str(root))
+
+
+def test_notes_on_frames__only_of_folders_of_numbered_frames(tmp_path: Path) -> None:
+    def notes(names: list[str]) -> tuple[str, ...]:
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        for label in ("cat", "dog"):
+            for name in names:
+                file = tmp_path / "x" / label / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (4, 4)).save(file)
+        return notes_on_frames(open_images(str(tmp_path / "x")).train)
+
+    numbers = range(1, 13)
+    (note,) = notes([f"{clip}/frame{n}.png" for clip in "ab" for n in numbers])  # 1, 10, 11, 12, 2, ...
+    assert note.startswith(f"Each class has folders of numbered images, such as '{tmp_path}/x/cat/a', and each image")
+    assert note.endswith("--clip.frames 8 reads each folder as a clip.")
+    assert notes([f"{clip}/{n:05d}.png" for clip in "ab" for n in range(4)])
+    assert not notes([f"{n}.png" for n in numbers])  # no subfolders
+    assert not notes([f"images/{n}.png" for n in numbers])  # one subfolder
+    assert not notes([f"{site}/{2 * n}.png" for site in "ab" for n in numbers])  # with gaps
+    assert not notes([f"{site}/{name}.png" for site in "ab" for name in ("left", "right", "top", "below")])
+    assert not notes([f"{site}/{n}.png" for site in "ab" for n in range(100, 112)])  # a part of one numbering
+    assert not notes([f"{site}/{n}.png" for site in "ab" for n in range(3)])
+
+
+def test_notes_on_frames__of_a_table_with_a_class_without_images(tmp_path: Path) -> None:
+    encoded = io.BytesIO()
+    Image.new("L", (4, 4)).save(encoded, "PNG")
+    table = pa.table({"image": [encoded.getvalue(), b"", encoded.getvalue()], "label": [0, 1, 1]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "classes.txt").write_text("cat\ndog\nemu\n")
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes == ("cat", "dog", "emu")
+    assert notes_on_frames(splits.train) == ()
 
 
 def test_frames__are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -116,133 +193,6 @@ def test_random_clip__one_crop_and_one_flip_for_all_frames() -> None:
     ]
     assert 10 < sum(flips) < 30
     assert plain.shape == (3, 12, 12)
-
-
-# ---------------------------------------------------------------------------------------------------------- video files
-
-
-def video(file: Path, frames: int = 120, **more: object) -> np.ndarray:
-    """Write a video whose frame n has the grey value 2 n, and return it."""
-    pytest.importorskip("av")
-    clip = np.repeat(2 * np.arange(frames, dtype=np.uint8), 32 * 48 * 3).reshape(frames, 32, 48, 3)
-    write_video(file, clip, **more)  # type: ignore[arg-type]
-    return clip
-
-
-def greys(frames: Tensor) -> list[int]:
-    return [round(float(frame.float().mean()) / 2) for frame in frames]
-
-
-@pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.avi"])
-def test_read_video__reads_the_chosen_frames(name: str, tmp_path: Path) -> None:
-    video(tmp_path / name)
-    everything = read_video(tmp_path / name, range)
-    assert everything.shape == (120, 3, 32, 48)
-    assert all(abs(grey - number) <= 1 for number, grey in enumerate(greys(everything)))  # the codec loses a little
-    for chosen in ([0], [119], [3, 3, 4, 100], [60, 61, 118], [2, 70, 119], [49, 98]):
-        assert torch.equal(read_video(tmp_path / name, lambda _, chosen=chosen: chosen), everything[chosen])  # type: ignore[misc]
-
-
-def test_read_video__decodes_only_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    video(tmp_path / "x.mp4", gop=12)
-    av = pytest.importorskip("av")
-    decoded: list[int] = []
-
-    class Counted:
-        def __init__(self, container: object) -> None:
-            self.container = container
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.container, name)
-
-        def __enter__(self) -> Counted:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.container.close()  # type: ignore[attr-defined]
-
-        def decode(self, stream: object) -> object:
-            for frame in self.container.decode(stream):  # type: ignore[attr-defined]
-                decoded.append(1)
-                yield frame
-
-    opened = av.open
-    monkeypatch.setattr(av, "open", lambda *args, **kwargs: Counted(opened(*args, **kwargs)))
-    assert greys(read_video(tmp_path / "x.mp4", lambda _: [0, 112])) == [0, 112]
-    assert len(decoded) < 20
-
-
-def test_read_video__damaged_files_are_bad_images(tmp_path: Path) -> None:
-    video(tmp_path / "x.avi")
-    data = (tmp_path / "x.avi").read_bytes()
-    for name, content in {"empty": b"", "noise": bytes(range(256)) * 40, "text": b"#EXTM3U\n/etc/passwd\n"}.items():
-        (tmp_path / f"{name}.mp4").write_bytes(content)
-        with pytest.raises(BadImage, match=f"{name}.mp4"):
-            read_video(tmp_path / f"{name}.mp4", lambda _: [0])
-    (tmp_path / "cut.avi").write_bytes(data[: len(data) // 2])
-    with pytest.raises(BadImage, match=r"ends at frame \d+ of 120|Invalid data"):
-        read_video(tmp_path / "cut.avi", lambda _: [0, 110])
-    assert len(read_video(tmp_path / "cut.avi", lambda _: [0, 20])) == 2
-    with pytest.raises(BadImage):
-        read_video(tmp_path / "nothing.mp4", lambda _: [0])
-
-
-def remux(file: Path, *sources: Path, last: int = 1, seconds_of_sound: int = 0) -> Path:
-    """Write the packets of the sources one after the other; the last one of all is shown `last` times as long."""
-    av = pytest.importorskip("av")
-    with contextlib.ExitStack() as stack:
-        inputs = [stack.enter_context(av.open(str(source))) for source in sources]
-        out = stack.enter_context(av.open(str(file), "w"))
-        stream = out.add_stream_from_template(inputs[0].streams.video[0])
-        sound = out.add_stream("aac", rate=8000) if seconds_of_sound else None
-        packets = [[packet for packet in each.demux(each.streams.video[0]) if packet.size] for each in inputs]
-        packets[-1][-1].duration *= last
-        for number, group in enumerate(packets):
-            for packet in group:
-                packet.pts = packet.dts = packet.pts + number * (packets[0][-1].pts + packets[0][0].duration)
-                packet.stream = stream
-                out.mux(packet)
-        for second in range(seconds_of_sound):
-            assert sound is not None
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-            frame.rate, frame.pts = 8000, second * 8000
-            out.mux(sound.encode(frame))
-        if sound:
-            out.mux(sound.encode(None))
-    return file
-
-
-@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
-def test_read_video__a_slide_at_the_end_stands_for_many_frames(name: str, tmp_path: Path) -> None:
-    video(tmp_path / "y.mp4", 20)
-    file = remux(tmp_path / name, tmp_path / "y.mp4", last=100)
-    assert greys(read_video(file, lambda count: [0, 4 * count // 5, count - 1])) == [0, 19, 19]
-
-
-def test_read_video__sound_that_is_longer_adds_no_frames(tmp_path: Path) -> None:
-    video(tmp_path / "y.mp4", 20)
-    file = remux(tmp_path / "x.mkv", tmp_path / "y.mp4", seconds_of_sound=4)
-    assert greys(read_video(file, lambda count: [count - 1])) == [19]
-
-
-def test_read_video__frames_of_two_sizes_are_a_bad_image(tmp_path: Path) -> None:
-    video(tmp_path / "a.mkv", 12, codec="mpeg2video")  # whose packets hold their sizes
-    write_video(tmp_path / "b.mkv", np.zeros((12, 48, 64, 3), np.uint8), codec="mpeg2video")
-    file = remux(tmp_path / "x.mkv", tmp_path / "a.mkv", tmp_path / "b.mkv")
-    with pytest.raises(BadImage, match=r"x.mkv.*its frames differ in size"):
-        read_video(file, lambda count: [0, count - 1])
-
-
-@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_read_video__is_upright(matrix: tuple[int, ...], turns: int, tmp_path: Path) -> None:
-    write_video(tmp_path / "x.mp4", np.pad(np.full((3, 16, 24, 3), 250, np.uint8), ((0, 0), (0, 16), (0, 24), (0, 0))))
-    plain = read_video(tmp_path / "x.mp4", lambda _: [0])
-    a, b, c, d = (number * 65536 for number in matrix)  # of the track's header: x' = a x + c y, y' = b x + d y
-    data = (tmp_path / "x.mp4").read_bytes()
-    old, new = (struct.pack(">9i", *first, 0, 0, 1 << 30) for first in ((65536, 0, 0, 0, 65536, 0), (a, b, 0, c, d, 0)))
-    place = data.index(old, data.index(b"tkhd"))
-    (tmp_path / "x.mp4").write_bytes(data[:place] + new + data[place + len(old) :])
-    assert torch.equal(read_video(tmp_path / "x.mp4", lambda _: [0]), plain.rot90(turns, (2, 3)))
 
 
 def test_open_clips__videos_and_what_is_left_out(tmp_path: Path) -> None:
@@ -304,4 +254,4 @@ def test_open_clips__counts_empty_folders_and_skips_bad_frames(tmp_path: Path) -
     shutil.rmtree(root / "train" / "receding" / "clip1")
     with pytest.raises(BadImage):
         clip(range)
-    assert module.list_clips(root)[0].unit == "clips"
+    assert find_clips(root)[0].unit == "clips"

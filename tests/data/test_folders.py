@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pecobook.commands.predict import list_images
+from pecobook.commands.predict.sources import list_images
 from pecobook.data.images import check_labels, open_images
 from pecobook.errors import DataError
 from tests.data.sources import labels, names, png, values, write

@@ -6,11 +6,15 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import pecobook
@@ -25,6 +29,7 @@ from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.values import replace
 from pecobook.stages.classify import ClassifyStage, load_for_classification
 from tests.clips import CLASSES, write_moving
+from tests.distributed import TwoProcesses
 from tests.runs import export_bytes, logged, losses, train
 
 CLIPS: dict[str, Any] = {
@@ -51,6 +56,96 @@ def accuracy(data: Path, vit: Path, out: Path) -> float:
     )
 
 
+def test_finetune__of_clips_says_clips(clips: Path, clip_run: Path, tmp_path: Path) -> None:
+    lines = (clip_run / "train.log").read_text().replace("reads images minus", "")
+    assert "16 clips to train on, 6 held out" in lines
+    assert "8 clips a step" in lines
+    assert "step 4, 6 held-out clips, too few for any claim" in lines
+    assert "image" not in lines
+    table = pq.read_table(clip_run / "predictions.parquet")
+    assert table.column("clip").to_pylist() == [f"{clips}/val/{name}/clip{n}" for name in CLASSES for n in range(3)]
+    shutil.copytree(clips / "val", tmp_path / "val")
+    (tmp_path / "val" / "receding" / "clip1" / "1.png").write_bytes(b"no image")
+    summary = said_by(["predict", str(clip_run), str(tmp_path / "val"), "--out", str(tmp_path / "p"), "--no-pictures"])
+    assert "predictions.csv: 5 clips.\n1 of 6 clips were skipped;" in summary
+    for name in ("clip0", "clip2"):
+        shutil.rmtree(tmp_path / "val" / "receding" / name)
+    shutil.rmtree(tmp_path / "val" / "approaching")
+    with pytest.raises(PecobookError, match="None of the 1 clip of"):
+        api.predict(run=str(clip_run), images=str(tmp_path / "val"), out=str(tmp_path / "q"))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(PecobookError, match=r"^'.*notes': neither this folder nor its subfolders hold a clip"):
+        api.predict(run=str(clip_run), images=str(tmp_path / "notes"), out=str(tmp_path / "r"))
+
+
+def said_by(command: list[str]) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        cli.main(command)
+    return said.getvalue()
+
+
+def test_predict__one_folder_of_frames_has_its_name(clips: Path, clip_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(clips / "val" / "receding" / "clip0", tmp_path / "a clip")
+    said_by(["predict", str(clip_run), str(tmp_path / "a clip"), "--out", str(tmp_path / "p")])
+    (row,) = csv.DictReader((tmp_path / "p" / "predictions.csv").open())
+    assert row["clip"] == "a clip"
+    assert (tmp_path / "p" / "pictures" / "a clip.jpg").is_file()
+
+
+def test_finetune__of_frames_as_images_is_told_of_clips(clips: Path, images: Path, vit_run: Path) -> None:
+    config = stage_settings(vit_run, **{"clip.frames": 0, "data": str(clips)})
+    (note,) = ClassifyStage.open(config).notes
+    assert "--clip.frames 8 reads each folder as a clip" in note
+    assert f"'{clips}/train/approaching/clip0'" in note
+    assert ClassifyStage.open(replace(config, {"clip.frames": 4})).notes == ()
+    assert ClassifyStage.open(replace(config, {"data": str(images)})).notes == ()
+
+
+def test_transform__of_images_and_clips_exclude_each_other(clips: Path, vit_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"transform= takes single images, and clip.frames reads clips"):
+        train("finetune", clips, tmp_path / "a", backbone=str(vit_run), transform=lambda image: image, **CLIPS)
+
+
+def test_value_range__of_a_clip_run_is_that_of_its_frames_everywhere(vit_run: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("val", 2)):
+        for label in ("a", "b"):
+            for clip in range(count):
+                folder = tmp_path / "deep" / split / label / f"{clip}"
+                folder.mkdir(parents=True)
+                for number in range(4):
+                    values = np.full((16, 16), 1000 * (number + 1), np.uint16)
+                    Image.fromarray(values).save(folder / f"{number}.png")
+    more = {**CLIPS, "value_range": (1000.0, 4000.0), "max_steps": "1"}
+    run = train("finetune", tmp_path / "deep", tmp_path / "run", backbone=str(vit_run), **more)
+    model = pecobook.ClipClassifier.from_pretrained(run)
+    code = model.loading_code(str(run))
+    assert "value_range=model.value_range" in code
+    frames = pecobook.read_clip(tmp_path / "deep/val/a/0", model.clip, 16, value_range=model.value_range)
+    assert frames[:, 0, 0, 0].tolist() == [0, 85, 170, 255]
+    said_by(["predict", str(run), str(tmp_path / "deep/val"), "--out", str(tmp_path / "p")])
+    row = next(csv.DictReader((tmp_path / "p" / "predictions.csv").open()))
+    assert float(row["probability"]) == pytest.approx(float(model(frames[None]).softmax(1).max().detach()), abs=1e-4)
+    code = code.replace('"clip.mp4"', repr(str(tmp_path / "deep/val/a/0")))
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, {})
+
+
+def test_finetune__two_processes_equal_one(
+    clips: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    more = {**CLIPS, "backbone": str(vit_run), "max_steps": "3", "optim.eps": 1e-3, "clip.crops": 3}
+    alone = train("finetune", clips, tmp_path / "one", **more)
+    two_processes.run(train_on_each, str(clips), str(tmp_path / "two"), {**more, "devices": "2"})
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-5)
+    assert logged(tmp_path / "two")[-1]["evaluation/loss"] == pytest.approx(
+        logged(alone)[-1]["evaluation/loss"], rel=1e-4
+    )
+
+
+def train_on_each(rank: int, world_size: int, data: str, out: str, more: dict[str, Any]) -> None:
+    train("finetune", data, Path(out), **more)
+
+
 @pytest.mark.slow
 def test_finetune__learns_from_the_order_of_frames_alone(vit_run: Path, tmp_path: Path) -> None:
     ordered = write_moving(tmp_path / "ordered", train=100, held_out=40)
@@ -66,9 +161,9 @@ def test_finetune__on_clips_writes_a_classifier_that_predicts(clips: Path, clip_
     assert len(losses(clip_run)) == 4
     cli.main(["predict", str(clip_run), str(clips / "val"), "--out", str(tmp_path / "p")])
     rows = list(csv.DictReader((tmp_path / "p" / "predictions.csv").open()))
-    assert [row["image"] for row in rows] == [f"{name}/clip{n}" for name in CLASSES for n in range(3)]
+    assert [row["clip"] for row in rows] == [f"{name}/clip{n}" for name in CLASSES for n in range(3)]
     model = pecobook.ClipClassifier.from_pretrained(clip_run)
-    crops = torch.stack([pecobook.read_clip(clips / "val" / row["image"], model.clip, 16) for row in rows])
+    crops = torch.stack([pecobook.read_clip(clips / "val" / row["clip"], model.clip, 16) for row in rows])
     best = model(crops).softmax(1).max(1)
     assert [row["class"] for row in rows] == [CLASSES[number] for number in best.indices.tolist()]
     assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.tolist(), abs=1e-4)
@@ -151,8 +246,9 @@ def test_check__reads_clips(clips: Path) -> None:
         report = check(task="finetune", data=str(clips), clip={"frames": 4})
     assert report["summary"]["clips"] == "16 clips to train on, 6 held out (validation)"
     assert report["ok"]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
         cli.main(["check", "finetune", "--data", str(clips), "--clip.frames", "4"])
+    assert said.getvalue().endswith("Nothing is wrong with these clips.\n")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert check(data=str(clips), clip={"frames": 4})["task"] == "finetune"
     with pytest.raises(ConfigError, match=r"--clip.frames is a setting of finetune, not of pretrain\."):

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from pecobook import api
 from pecobook.data.images import check_readable
 from pecobook.data.source import ImageSource, Splits
-from pecobook.engine import stage as contract
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.weights import load_backbone
 from pecobook.recipes import recipe
 from pecobook.settings.values import replace
+from pecobook.stages import classify
 from pecobook.stages.classify import ClassifyStage
 from pecobook.stages.codebook import CodebookStage
 from pecobook.stages.training import preflight
@@ -156,7 +156,7 @@ def test_preflight__only_the_first_rank_checks_the_folder(
 def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     labelled = squares(10)
     unlabelled = ImageSource(Squares(10), name="squares", split="evaluation")
-    monkeypatch.setattr(contract, "open_images", lambda _: Splits(labelled, unlabelled, "test"))
+    monkeypatch.setattr(classify, "open_images", lambda _: Splits(labelled, unlabelled, "test"))
     with pytest.raises(PreflightError, match=r"has no labels for its held-out images \(test\)"):
         preflight(ClassifyStage, replace(recipe("finetune", "tiny"), {"out": str(tmp_path / "run")}))
 

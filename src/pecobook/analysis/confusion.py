@@ -17,9 +17,9 @@ from pecobook.utils.files import write_atomically
 _MAX_NAMED_CLASSES = 40
 
 
-def confusion_picture(labels: Array, predictions: Array, classes: tuple[str, ...]) -> bytes:
-    """Draw the confusion matrix of images as a PNG; `labels` and `predictions` are int (N,)."""
-    return matrix_picture(joint_counts(labels, predictions, len(classes), len(classes)), classes)
+def confusion_picture(labels: Array, predictions: Array, classes: tuple[str, ...], unit: str = "images") -> bytes:
+    """Draw the confusion matrix of images, or of another `unit`, as a PNG; `labels` and `predictions` are int (N,)."""
+    return matrix_picture(joint_counts(labels, predictions, len(classes), len(classes)), classes, unit)
 
 
 def matrix_picture(counts: Array, classes: tuple[str, ...], unit: str = "images") -> bytes:
@@ -50,7 +50,7 @@ def matrix_picture(counts: Array, classes: tuple[str, ...], unit: str = "images"
 
 
 def write_predictions(file: Path, rows: dict[str, Tensor], classes: tuple[str, ...], source: ImageSource) -> None:
-    """Write a parquet file with one row per image: name, label, predicted class, and the five best classes.
+    """Write a parquet file with one row per image or clip: name, label, predicted class, and the five best classes.
 
     `rows` holds index and label (N,), classes and probabilities (N, 5), in any order; an image that occurs twice gets
     one row.
@@ -63,7 +63,7 @@ def write_predictions(file: Path, rows: dict[str, Tensor], classes: tuple[str, .
     names = np.array(classes, dtype=object)
     table = pa.table(
         {
-            "image": [source.identify(int(number)) for number in index],
+            source.unit.removesuffix("s"): [source.identify(int(number)) for number in index],
             "label": names[label].tolist(),
             "prediction": names[best[:, 0]].tolist(),
             "correct": best[:, 0] == label,

@@ -9,12 +9,9 @@ a clip share the crop, the flip and the operations of RandAugment.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,74 +19,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, check_regular, decode, max_pixels, read_file
+from pecobook.data.decode import BadImage, decode, read_file
+from pecobook.data.deep import ValueRange
 from pecobook.data.folders import FileStore, Listing, walk
 from pecobook.data.images import check_labels
-from pecobook.data.layout import count_unused, parts_of, read_layout
+from pecobook.data.layout import Folder, count_unused, parts_of, read_layout
 from pecobook.data.names import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from pecobook.data.parts import Contents, assemble
 from pecobook.data.sampler import key, uniform
 from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary
+from pecobook.data.videos import Choice, read_video, stacked
 from pecobook.data.views import rand_augment, random_crop
-from pecobook.errors import DataError, first_line
-from pecobook.settings.images import ClipConfig
+from pecobook.errors import DataError
+from pecobook.settings.images import AUTO, ClipConfig, RangeSetting
 from pecobook.utils.distributed import made_by_first_rank
 from pecobook.utils.extras import require
 from pecobook.utils.images import resize
 
-Choice = Callable[[int], Sequence[int]]
-"""From the number of frames of a video to the numbers of the frames to read, in ascending order."""
-_FORWARD = 48
-"""Frames that are decoded in passing; from a larger distance on, the reader seeks."""
-_MISSING = 0.05
-"""Share of the frames that a video may lack at its end: the header's length is often a little wrong."""
-_OPTIONS = {  # a file can name others, also on other machines: only these formats are read, and no other file
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf",
-    "protocol_whitelist": "file",
-}
+_FEWEST_FRAMES = 4
+"""Numbered images of a folder that may be the frames of a video."""
+_LOOKED_AT = 16
+"""Classes of which two folders each are looked at for frames."""
 
 
 class ClipStore(FileStore):
     """Clips under one folder: video files, or folders of frames.
-
-    Read as an image, a clip is its middle frame.
 
     Args:
         root: the folder.
         paths: relative paths of the clips, in an Arrow column.
         starts: number of the first frame of each clip in `frames`, and the number of all frames; None for videos.
         frames: relative paths of all frames, in an Arrow column; None for videos.
+        config: which frames `read` returns; None makes it return the one in the middle, as an image.
     """
 
     unit = "clips"
 
-    def __init__(self, root: Path, paths: Any, starts: Integers | None = None, frames: Any = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        paths: Any,
+        starts: Integers | None = None,
+        frames: Any = None,
+        config: ClipConfig | None = None,
+    ) -> None:
         super().__init__(root, paths)
-        self._starts, self._frames = starts, frames
+        self._starts, self._frames, self._config = starts, frames, config
 
     def frames(self, row: int) -> list[bytes] | None:
-        """Return the paths of the frames of a clip, in order; None for a video."""
+        """Return the paths of the frames of a clip, in the order of their numbers; None for a video."""
         if self._starts is None:
             return None
-        start, end = int(self._starts[row]), int(self._starts[row + 1])
-        paths = [self._prefix + path for path in self._frames[start:end].to_pylist()]
-        return sorted(paths, key=lambda path: [(text, int(n or 0)) for text, n in re.findall(rb"(\D*)(\d*)", path)])
+        return sorted((self._prefix + path for path in self._frames_of(row)), key=_numbered)
+
+    def _frames_of(self, row: int) -> list[bytes]:
+        assert self._starts is not None
+        paths: list[bytes] = self._frames[int(self._starts[row]) : int(self._starts[row + 1])].to_pylist()
+        return paths
 
     def file(self, row: int) -> Any:
         """Return the path of the middle frame of a folder of frames; None for a video, which is no file of an image."""
         frames = self.frames(row)
         return None if frames is None else Path(os.fsdecode(frames[len(frames) // 2]))
 
-    def files(self, rows: Integers) -> Iterator[bytes]:
-        """Yield the paths of the videos, or of the middle frames."""
-        if self._starts is None:
-            yield from super().files(rows)
-        else:
-            yield from (os.fsencode(self.file(row)) for row in rows.tolist())
-
     def read(self, row: int, shortest: int = 0) -> Tensor:
-        """Read the middle frame of a clip, uint8 (3, H, W). Raises BadImage."""
-        return self.clip(row, shortest)(lambda count: [count // 2])[0]
+        """Read the frames of evaluation, uint8 (T, 3, H, W), or the middle frame (3, H, W) of a clip with sound ends.
+
+        Raises:
+            BadImage: one of the frames cannot be read, or without `config` the first or the last one.
+        """
+        clip, config = self.clip(row, shortest), self._config
+        if config is not None:
+            return clip(lambda count: frame_numbers(count, config))
+        return clip(lambda count: [0, count // 2, count - 1])[1]
 
     def sample(self, row: int, shortest: int = 0) -> tuple[Any, ...]:
         """Return the reader of a clip, of which a view reads the frames that it chooses."""
@@ -112,23 +114,22 @@ class ClipStore(FileStore):
                 )
                 for path in dict.fromkeys(chosen)
             }
-            return _stacked(name, [decoded[path] for path in chosen])
+            return stacked(name, [decoded[path] for path in chosen])
 
         return read
 
     def identify(self, row: int) -> str:
         """Return the path of the video, or of the folder of frames."""
-        return str((self._prefix + self._paths[row].as_py()).decode(errors="replace"))
+        path = (self._prefix + self._paths[row].as_py()).rstrip(b"/")
+        return str(path.decode(errors="replace"))
+
+    def _names(self, rows: Integers) -> Iterator[list[bytes]]:
+        return super()._names(rows) if self._starts is None else map(self._frames_of, rows.tolist())
 
 
-class SampledClips(ClipStore):
-    """Clips that are read as the frames of evaluation, uint8 (T, 3, H, W), for `predict`."""
-
-    config: ClipConfig
-
-    def read(self, row: int, shortest: int = 0) -> Tensor:
-        """Read the frames of a clip. Raises BadImage."""
-        return self.clip(row, shortest)(lambda count: frame_numbers(count, self.config))
+def _numbered(name: bytes) -> list[tuple[bytes, int]]:
+    """Return a key by which names are sorted in the order of their numbers."""
+    return [(text, int(number or 0)) for text, number in re.findall(rb"(\D*)(\d*)", name)]
 
 
 # --------------------------------------------------------------------------------------------------------- opening
@@ -144,12 +145,12 @@ def open_clips(data: str) -> Splits:
     root = Path(data).expanduser()
     if not data or not root.is_dir():
         raise DataError(f"--data '{data}' is no folder: --clip.frames reads a folder of videos or of frames.")
-    store, groups, left_out = list_clips(root)
+    store, groups, left_out = find_clips(root)
     layout = read_layout(data, groups)
     folder_of = np.arange(len(groups))
     parts = parts_of(layout, store, folder_of)
     splits = assemble(data, Contents(parts, dict(left_out + count_unused(layout, folder_of)), layout.notes))
-    if splits.train.labels is None and store.frames(0) is not None:
+    if splits.train.labels is None and not splits.train.unlabelled and store.frames(0) is not None:
         raise DataError(
             f"--data '{data}': its {len(store):,} folders of images are taken for clips, without classes. "
             "Clips are videos or folders of frames: CLASS/clip.mp4 or CLASS/clip/0001.jpg."
@@ -158,12 +159,12 @@ def open_clips(data: str) -> Splits:
     return splits
 
 
-def list_clips(root: Path, kind: type[ClipStore] = ClipStore) -> tuple[ClipStore, list[tuple[str, ...]], Any]:
+def find_clips(root: Path, config: ClipConfig | None = None) -> tuple[ClipStore, list[Folder], Any]:
     """List the clips of a folder: videos, or folders with images where there are more of these.
 
     Args:
         root: the folder, or a video.
-        kind: class of the store.
+        config: see `ClipStore`.
 
     Returns:
         the clips, the folder of each as names on the way from the top, and why other files are not used.
@@ -176,14 +177,14 @@ def list_clips(root: Path, kind: type[ClipStore] = ClipStore) -> tuple[ClipStore
 
     if root.is_file():
         require("video", f"The video '{root}'")
-        return kind(root.parent, arrow_binary([os.fsencode(root.name)])), [()], {}
+        return ClipStore(root.parent, arrow_binary([os.fsencode(root.name)]), config=config), [()], {}
     videos = _listed(root, VIDEO_EXTENSIONS)
     others = not videos.chunks or any(f"extension .{name}" in videos.left_out for name in IMAGE_EXTENSIONS)
     images = _listed(root, IMAGE_EXTENSIONS) if others else Listing()
     if len(videos.group_of) >= max(len(images.groups), 1):
         require("video", f"'{root}', a folder of videos,")
         groups = [videos.groups[number] for number in videos.group_of]
-        return kind(root, pa.chunked_array(videos.chunks)), groups, videos.left_out
+        return ClipStore(root, pa.chunked_array(videos.chunks), config=config), groups, videos.left_out
     if not images.chunks:
         raise DataError(
             f"--data '{root}': neither this folder nor its subfolders hold a clip, which is a video "
@@ -193,23 +194,60 @@ def list_clips(root: Path, kind: type[ClipStore] = ClipStore) -> tuple[ClipStore
     paths = arrow_binary([os.fsencode("/".join(group)) for group in images.groups])
     if empty := [group for group in images.without_images if group]:
         images.left_out["folder without a frame"] += len(empty)
-    store = kind(root, paths, np.concatenate(([0], np.cumsum(counts))), pa.chunked_array(images.chunks))
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    store = ClipStore(root, paths, starts, pa.chunked_array(images.chunks), config)
     return store, [group[:-1] for group in images.groups], images.left_out
 
 
 def _listed(root: Path, extensions: Sequence[str]) -> Listing:
-    return made_by_first_rank(f"listing of the clips of {root}", lambda: walk(root, extensions))
+    return made_by_first_rank(f"listing of {root}: {extensions[0]}", lambda: walk(root, extensions))
 
 
-def all_clips(source: str, config: ClipConfig) -> ImageSource:
+def clips_of(source: str, config: ClipConfig) -> ImageSource:
     """Open all clips of a folder, or one video, read as the frames of evaluation. Raises DataError and ConfigError."""
     root = Path(source).expanduser()
     if not root.exists():
         raise DataError(f"'{source}' does not exist: give a folder of videos or of frames, or a video.")
-    store, _, _ = list_clips(root, SampledClips)
-    assert isinstance(store, SampledClips)
-    store.config = config
-    return ImageSource(store, name=source, split="train")
+    try:
+        store, _, left_out = find_clips(root, config)
+    except DataError as error:
+        raise DataError(str(error).removeprefix("--data ")) from None
+    return ImageSource(store, name=source, split="train", left_out=left_out)
+
+
+def notes_on_frames(images: ImageSource) -> tuple[str, ...]:
+    """Return a note where the images of every class lie in folders of numbered images, as the frames of videos do.
+
+    The names in two folders of a class are compared, of some classes; of other images at most one folder is listed.
+    """
+    if images.labels is None:
+        return ()
+    example = ""
+    for label in np.unique(images.labels)[:_LOOKED_AT].tolist():
+        numbers = np.flatnonzero(images.labels == label)[[0, -1]].tolist()
+        try:
+            files = [images.file(number) for number in numbers]
+        except BadImage:  # of a table or a shard
+            return ()
+        folders = {file.parent for file in files if isinstance(file, Path)}
+        if len(folders) < 2 or not all(map(_holds_frames, folders)):
+            return ()
+        example = example or str(min(folders))
+    return (
+        f"Each class has folders of numbered images, such as '{example}', and each image is learned by itself; if they "
+        "are the frames of videos, --clip.frames 8 reads each folder as a clip.",
+    )
+
+
+def _holds_frames(folder: Path) -> bool:
+    """Return whether a folder holds no other folder, and images of one name with all numbers from 0 or 1 on."""
+    entries = sorted((os.fsencode(entry.name) for entry in folder.iterdir()), key=_numbered)
+    parts = [re.fullmatch(rb"(.*?)(\d+)\.(\w+)", name) for name in entries if not name.startswith(b".")]
+    matches = [match for match in parts if match is not None]
+    if not len(parts) == len(matches) >= _FEWEST_FRAMES or len({(match[1], match[3]) for match in matches}) > 1:
+        return False
+    numbers = [int(match[2]) for match in matches]
+    return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 # ---------------------------------------------------------------------------------------------------------- frames
@@ -230,94 +268,6 @@ def frame_numbers(count: int, config: ClipConfig, view_key: int | None = None) -
     step = min(config.stride, (count - 1) / max(frames - 1, 1))
     first = int((count - step * (frames - 1)) * draws[0])
     return [min(first + round(number * step), count - 1) for number in range(frames)]
-
-
-def read_video(path: Path, choose: Choice) -> Tensor:
-    """Decode chosen frames of a video file: uint8 (T, 3, H, W), RGB, upright.
-
-    The reader seeks to the key frame before a frame that is far away. Raises BadImage.
-    """
-    import av
-
-    name = os.fsencode(path).decode(errors="replace")
-    try:
-        check_regular(path.stat(), name)
-        with av.open(os.fspath(path), options=_OPTIONS) as container:
-            if not container.streams.video:
-                raise BadImage(name, "it holds no video")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # many processes read videos
-            if stream.codec_context.width * stream.codec_context.height > max_pixels():
-                raise BadImage(name, f"more than {max_pixels():,} pixels a frame")
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            count = stream.frames or _estimated_frames(container, stream, rate)
-            return _stacked(name, list(_frames_at(container, stream, choose(count), count, rate)))
-    except BadImage as error:
-        raise BadImage(name, error.reason) from None
-    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError) as error:
-        raise BadImage(name, getattr(error, "strerror", None) or first_line(error)) from error
-
-
-def _stacked(name: str, frames: list[Tensor]) -> Tensor:
-    if len({frame.shape for frame in frames}) > 1:
-        raise BadImage(name, "its frames differ in size")
-    return torch.stack(frames)
-
-
-def _estimated_frames(container: Any, stream: Any, rate: Fraction) -> int:
-    """Return the number of frames by the duration in the header, or else by that of the packets; at least 1."""
-    if stream.duration is not None:
-        seconds = stream.duration * stream.time_base
-    elif container.duration is not None and len(container.streams) == 1:  # else it may be the duration of the sound
-        seconds = Fraction(container.duration, 1_000_000)
-    else:
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        container.seek(0)
-        ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None]
-        seconds = (max(ends) - (stream.start_time or 0)) * stream.time_base if ends else len(packets) / rate
-    return max(round(float(seconds * rate)), 1)
-
-
-def _frames_at(container: Any, stream: Any, numbers: Sequence[int], count: int, rate: Fraction) -> Iterator[Tensor]:
-    """Yield the frames of ascending numbers, of `count`. Raises BadImage where the video ends long before."""
-    first, step = stream.start_time or 0, 1 / (rate * stream.time_base)  # in units of the time stamps
-    decoded, place, shown, pixels = container.decode(stream), -1, 0, None
-    for number in numbers:
-        if number - place > _FORWARD:
-            decoded = _decoded_from(container, stream, first + int(number * step))
-            frame = next(decoded, None)
-            if frame is not None and frame.pts is not None and round((frame.pts - first) / step) <= number:
-                decoded = itertools.chain((frame,), decoded)
-            else:  # the file has no index that helps
-                decoded = _decoded_from(container, stream, first)
-            place = -1
-        while place < number:
-            frame = next(decoded, None)
-            if frame is None:
-                break
-            place = place + 1 if frame.pts is None else round((frame.pts - first) / step)
-            shown = round((getattr(frame, "duration", 0) or 0) / step)  # a slide stands for many frames
-            pixels = _pixels(frame) if place >= number else frame
-        if isinstance(pixels, Tensor) and place >= number:
-            yield pixels
-        elif pixels is not None and number - place <= max(_MISSING * count, shown, 2):
-            pixels = pixels if isinstance(pixels, Tensor) else _pixels(pixels)
-            yield pixels
-        else:
-            raise BadImage("", f"it ends at frame {max(place, 0)} of {count}")
-
-
-def _decoded_from(container: Any, stream: Any, stamp: int) -> Iterator[Any]:
-    """Return the frames from the last key frame before a time stamp on."""
-    with contextlib.suppress(OSError):  # some files cannot be sought in
-        container.seek(stamp, stream=stream)
-    return iter(container.decode(stream))
-
-
-def _pixels(frame: Any) -> Tensor:
-    """Return a decoded frame, uint8 (3, H, W), upright."""
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return pixels.rot90(int(getattr(frame, "rotation", 0)) // 90, (1, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------- views
@@ -370,7 +320,14 @@ def central_crops(frames: Tensor, config: ClipConfig, size: int, share: float = 
     return crops[0] if config.crops == 1 else torch.stack(crops)
 
 
-def read_clip(path: str | Path, config: ClipConfig, size: int, *, crop: float = 1.0) -> Tensor:
+def read_clip(
+    path: str | Path,
+    config: ClipConfig,
+    size: int,
+    *,
+    crop: float = 1.0,
+    value_range: RangeSetting = AUTO,
+) -> Tensor:
     """Read the clip of a video file, or of a folder of frames, as a classifier of clips reads it in evaluation.
 
     Args:
@@ -378,6 +335,7 @@ def read_clip(path: str | Path, config: ClipConfig, size: int, *, crop: float = 
         config: which frames to read, the `clip` of a `ClipClassifier`.
         size: side of the squares, pixels.
         crop: side of the squares before they are resized, as a share of the shorter side of the video.
+        value_range: the values that become black and white in frames with more than 8 bits, a network's `value_range`.
 
     Returns:
         uint8 (T, 3, size, size), or (3, T, 3, size, size) with three crops.
@@ -385,9 +343,10 @@ def read_clip(path: str | Path, config: ClipConfig, size: int, *, crop: float = 
     Raises:
         DataError: the file is missing or no video, or the folder holds no frame.
     """
-    clips = all_clips(str(path), config)
+    clips = clips_of(str(path), config)
     if len(clips) > 1:
         raise DataError(f"'{path}' holds {len(clips):,} clips: give one of them.")
+    clips.use_range(None if value_range == AUTO else ValueRange(*map(float, value_range)))
     try:
         return central_crops(clips.read(0), config, size, crop)
     except BadImage as error:

@@ -70,7 +70,9 @@ def check_readable(source: ImageSource, count: int = 8) -> None:
             reasons.append(str(error))
         else:
             return
-    raise DataError(f"None of the first {len(reasons)} images of '{source.name}' can be read; the first: {reasons[0]}.")
+    raise DataError(
+        f"None of the first {len(reasons)} {source.unit} of '{source.name}' can be read; the first: {reasons[0]}."
+    )
 
 
 def check_labels(splits: Splits, source: str) -> None:
@@ -82,9 +84,10 @@ def check_labels(splits: Splits, source: str) -> None:
         if images.labels is None and images.unlabelled:
             raise DataError(f"--data '{source}' has no labels that can be used{whose}: {images.unlabelled}.")
         if images.labels is None:
+            remedy = "" if images.unit == "clips" else ", or give a parquet file with the columns image and label"
             raise DataError(
-                f"--data '{source}' has no labels{whose}: put the images of each class in their own subfolder, or give "
-                "a parquet file with the columns image and label."
+                f"--data '{source}' has no labels{whose}: put the {images.unit} of each class in their own subfolder"
+                f"{remedy}."
             )
 
 

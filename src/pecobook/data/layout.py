@@ -289,7 +289,7 @@ def parts_of(layout: Layout, store: Store, folder_of: npt.NDArray[Any]) -> dict[
         code_of: dict[str | None, int] = {name: code for code, name in enumerate(names)}
         codes = np.array([code_of.get(name, -1) for name in layout.class_of], dtype=np.int64)
         labels = Labels(codes[folder_of[rows]], names) if names else None
-        unlabelled = "" if labels else _reason(layout, split, store.identify(int(rows[0])))
+        unlabelled = "" if labels else _reason(layout, split, store.identify(int(rows[0])), store.unit)
         parts[split] = Part(store, rows, labels, unlabelled, "lie outside the class folders")
     return parts
 
@@ -302,8 +302,8 @@ def count_unused(layout: Layout, folder_of: npt.NDArray[Any]) -> Counter[str]:
     return unused
 
 
-def _reason(layout: Layout, split: str, image: str) -> str:
-    """Return why a split has no class folders, given the name of one of its images."""
+def _reason(layout: Layout, split: str, image: str, unit: str) -> str:
+    """Return why a split has no class folders, given the name of one of its images (or clips)."""
     if _IMAGENET_NAME.fullmatch(image.rpartition("/")[2]):
         return (
             f"ImageNet's images of {split} come without class folders ({image}); move them into class folders by the "
@@ -315,9 +315,9 @@ def _reason(layout: Layout, split: str, image: str) -> str:
             return ""
         is_class = len(set(layout.split_of) - {""}) > 1 and only.lower() not in IMAGE_FOLDERS
         if is_class:
-            return Note(f"all its images lie in the one class folder '{only}'", "one class")
-        return f"all its images lie in the one folder '{only}'"
+            return Note(f"all its {unit} lie in the one class folder '{only}'", "one class")
+        return f"all its {unit} lie in the one folder '{only}'"
     return (
-        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
+        f"the {unit} of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
         "training folder alone, of which 10% are then held out"
     )

@@ -53,13 +53,13 @@ class Part:
             return self.unlabelled
         missing = np.flatnonzero(self.labels.codes < 0)
         if len(missing) == len(self.rows):
-            return self.unlabelled or f"no image of {split} has one"
+            return self.unlabelled or f"no {self.store.unit[:-1]} of {split} has one"
         if len(missing):
             first = self.store.identify(int(self.rows[missing[0]]))
-            count = f"{len(missing):,} of {len(self.rows):,} images"
+            count = f"{len(missing):,} of {len(self.rows):,} {self.store.unit}"
             return Note(f"{count} of {split} {self.lacks_label}, the first: {first}", "lost labels")
         if split == "train" and len(self.labels.names) < 2:
-            return Note(f"all images of train have the one class '{self.labels.names[0]}'", "one class")
+            return Note(f"all {self.store.unit} of train have the one class '{self.labels.names[0]}'", "one class")
         return ""
 
 
@@ -95,7 +95,7 @@ def assemble(source: str, contents: Contents) -> Splits:
 def _assembled(source: str, contents: Contents) -> Splits:
     parts = contents.parts
     if len(parts["train"].rows) == 0:
-        raise DataError(f"--data '{source}': the training split holds no image.")
+        raise DataError(f"--data '{source}': the training split holds no {parts['train'].store.unit}.")
     notes = list(contents.notes)
 
     def usable_labels(name: str) -> tuple[Labels | None, str]:

@@ -360,7 +360,9 @@ def hold_out(source: ImageSource) -> Splits:
     """
     count = len(source)
     if count < 2:
-        raise DataError(f"--data '{source.name}' holds one image; at least two are needed, one for evaluation.")
+        raise DataError(
+            f"--data '{source.name}' holds one {source.unit[:-1]}; at least two are needed, one for evaluation."
+        )
     largest = _kth_hash(count, max(1, count // 10))
     evaluation = source.subset(_numbers(count, lambda hashes: hashes <= largest))
     evaluation.split, evaluation.left_out = "evaluation", {}  # `train` has the counts of all images

@@ -210,7 +210,7 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
     if left_out := left_out_of(splits):
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         lines.append(("left out", f"{left_out.total():,}: {reasons}"))
-    lines.append(("sizes", sizes_text(census, len(train))))
+    lines.append(("sizes", sizes_text(census, len(train), train.unit)))
     if train.value_range is not None:
         lines.append(("range", f"{train.value_range} becomes 0..255 in images with more than 8 bits"))
     if census.num_bad:
@@ -319,7 +319,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%" if share == 0 or share >= 0.0005 else "< 0.1%"
 
 
-def sizes_text(census: Census, total: int) -> str:
+def sizes_text(census: Census, total: int, unit: str = "images") -> str:
     """Return the sizes and the modes that were met, and in how many of `total` images."""
     if census.smallest is None or census.size is None:
         return "unknown"
@@ -330,7 +330,7 @@ def sizes_text(census: Census, total: int) -> str:
         sizes = f"short side {_range(low_short, high_short)}, long side {_range(low_long, high_long)} pixels"
     modes = ", ".join(f"{mode} {count:,}" for mode, count in census.modes.most_common())
     modes = next(iter(census.modes), "") if len(census.modes) == 1 else modes
-    sampled = f" ({census.images:,} images looked at)" if census.images < total else ""
+    sampled = f" ({census.images:,} {unit} looked at)" if census.images < total else ""
     return sizes + (f"; mode {modes}" if modes else "") + sampled
 
 

@@ -18,7 +18,7 @@ from pecobook.engine.log import compact_duration
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer
 from pecobook.engine.stage import Stage
-from pecobook.errors import PecobookError
+from pecobook.errors import PecobookError, counted
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import device, peak_memory, synchronize, total_memory
@@ -59,14 +59,15 @@ def estimate(stage: Stage[Any], train: Stream, config: TrainConfig) -> Lines:
     Raises:
         PecobookError: the images of a step do not fit into the memory of the GPU.
     """
+    unit = train.source.unit
     try:
         measured = measure(stage, train, config)
     except torch.OutOfMemoryError:
-        advice = out_of_memory_advice(config, min_batch_size=stage.min_batch_size, evaluating=False)
+        advice = out_of_memory_advice(config, min_batch_size=stage.min_batch_size, evaluating=False, unit=unit)
         raise PecobookError(advice) from None
     return [
-        ("memory", _memory_text(measured, config, total_memory(device()))),
-        ("cost", _cost_text(measured, config, len(train))),
+        ("memory", _memory_text(measured, config, total_memory(device()), unit)),
+        ("cost", _cost_text(measured, config, len(train), unit)),
     ]
 
 
@@ -151,7 +152,7 @@ def num_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _memory_text(measured: Measured, config: TrainConfig, available: int) -> str:
+def _memory_text(measured: Measured, config: TrainConfig, available: int, unit: str = "images") -> str:
     """Return what the parts of a step take on a device, and advice where that is more than `available` bytes."""
     micro, devices = micro_batch_size(config), total_devices(config)
     shards = devices if config.strategy == "fsdp" else 1
@@ -164,9 +165,10 @@ def _memory_text(measured: Measured, config: TrainConfig, available: int) -> str
     total = sum(parts.values())
     listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
     text = f"about {size_text(total)}{' on each device' if devices > 1 else ''}: {listed}"
-    text += f" of {micro:,} image{'s' if micro > 1 else ''} at once"
+    text += f" of {counted(micro, unit)} at once"
     if measured.peak:
-        text += f"; measured peak with {measured.images:,} images: {size_text(measured.peak)} of {size_text(available)}"
+        peak = f"{size_text(measured.peak)} of {size_text(available)}"
+        text += f"; measured peak with {counted(measured.images, unit)}: {peak}"
     elif total > available:
         share, image = config.batch_size // devices, max(measured.activations / micro, 1)
         fitting = int((available - total + measured.activations) / image)
@@ -176,7 +178,7 @@ def _memory_text(measured: Measured, config: TrainConfig, available: int) -> str
     return text
 
 
-def _cost_text(measured: Measured, config: TrainConfig, num_images: int) -> str:
+def _cost_text(measured: Measured, config: TrainConfig, num_images: int, unit: str = "images") -> str:
     share = config.batch_size // total_devices(config)
     workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
     compute, read = measured.compute * share + measured.update, measured.read * share / max(workers, 1)
@@ -184,7 +186,7 @@ def _cost_text(measured: Measured, config: TrainConfig, num_images: int) -> str:
     total = steps(config.max_steps, num_images=num_images, batch_size=config.batch_size)
     place = "reading" if workers and read > compute else "computing"
     text = f"about {seconds_text(step)} a step, {compact_duration(step * total)} in all, evaluations not counted"
-    text += f"; measured on {measured.images:,} image{'s' if measured.images > 1 else ''}"
+    text += f"; measured on {counted(measured.images, unit)}"
     text += f": {seconds_text(measured.compute)} each, {seconds_text(measured.read)} to read one"
     text += f", so {place} sets the pace" if workers else ""
     return text + (", without --compile" if config.compile else "")

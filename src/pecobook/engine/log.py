@@ -278,8 +278,9 @@ class _Printable(logging.Formatter):
 class Progress:
     """Show progress on standard error: a live bar in a terminal, plain lines elsewhere, nothing when `quiet`."""
 
-    def __init__(self, *, total: int, start: int, name: str, quiet: bool) -> None:
+    def __init__(self, *, total: int, start: int, name: str, quiet: bool, unit: str = "images") -> None:
         self.total, self.name, self.quiet = total, name, quiet
+        self._unit = "img" if unit == "images" else unit
         self._start, self._last_line, self._status = start, 0.0, ""
         self._first: tuple[int, float] | None = None  # the first step that was shown, and the time then
         self._bar: Any = None
@@ -321,7 +322,7 @@ class Progress:
             return
         parts = [
             f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
-            f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
+            f"{metrics['images_per_second']:.0f} {self._unit}/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
             _flops_text(metrics["tflops"]) if "tflops" in metrics else "",
             f"MFU {100 * metrics['mfu']:.0f}%" if "mfu" in metrics else "",

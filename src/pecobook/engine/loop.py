@@ -37,7 +37,7 @@ from pecobook.engine.signals import Signals
 from pecobook.engine.skipped import Skipped
 from pecobook.engine.speed import Speed
 from pecobook.engine.wrapping import prepare_module
-from pecobook.errors import PecobookError
+from pecobook.errors import PecobookError, counted
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
@@ -146,7 +146,8 @@ class Loop:
         )
         self.finite_check = FiniteCheck(fabric.world_size, late=fabric.device.type == "cuda")
         quiet = fabric.global_rank > 0
-        self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
+        self.unit = train.source.unit
+        self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet, unit=self.unit)
         self.sinks, self.skipped, self.last_metrics = list[Sink](), Skipped(None), dict[str, float]()
         self.on_step: OnStep | None = None
         self._logged: tuple[int, dict[str, float]] = (0, {})  # the last step that was logged, and what it logged
@@ -198,8 +199,8 @@ class Loop:
                 say(self._failure())  # in the last step or evaluation: nothing was lost
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
-            minimum = self.stage.min_batch_size
-            advice = out_of_memory_advice(self.config, min_batch_size=minimum, evaluating=self._evaluating)
+            least, when = self.stage.min_batch_size, self._evaluating
+            advice = out_of_memory_advice(self.config, min_batch_size=least, evaluating=when, unit=self.unit)
             raise PecobookError(advice) from None
         finally:
             self._close()
@@ -354,9 +355,9 @@ class Loop:
     def _write_evaluation(self, step: int, result: Evaluation) -> None:
         metrics = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in result.metrics.items())
         number = min(len(self.evaluation), self.config.evaluation_images)
-        few = f"{number} held-out image{'s' if number > 1 else ''}, too few for any claim"
-        images = few if number < _MIN_HELD_OUT else "held-out images"
-        say(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
+        what = f"held-out {self.unit}"
+        what = f"{counted(number, what)}, too few for any claim" if number < _MIN_HELD_OUT else what
+        say(f"step {step}, {what}: {metrics or 'nothing could be measured'}")
         if result.pictures:
             png = picture_grid(result.pictures)
             write_atomically(self.out / "samples" / f"step-{step:08d}.png", png)
@@ -390,7 +391,7 @@ class Loop:
     def _close(self) -> None:
         self.progress.close()
         if (number := len(self.skipped)) and self.sinks:
-            say(f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them.")
+            say(f"{counted(number, self.unit)} could not be read; {self.out / 'train.log'} lists them.")
         for sink in self.sinks:
             sink.close()
         if self.sinks:

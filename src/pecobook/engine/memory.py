@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pecobook.engine.launch import micro_batch_size, total_devices
+from pecobook.errors import counted
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import flags
 
@@ -14,16 +15,17 @@ def gpu_memory(device: torch.device) -> dict[str, float]:
     return {"gpu_memory": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
 
 
-def out_of_memory_advice(config: TrainConfig, *, min_batch_size: int, evaluating: bool) -> str:
+def out_of_memory_advice(config: TrainConfig, *, min_batch_size: int, evaluating: bool, unit: str = "images") -> str:
     """Return two lines that report where memory ran out and which flags help.
 
     Args:
         config: settings of the run.
         min_batch_size: smallest number of images that the stage takes at once on a device.
         evaluating: whether memory ran out in an evaluation rather than in a training step.
+        unit: what the run reads, "images" or "clips".
     """
     micro, known_flags = micro_batch_size(config), flags(type(config))
-    images = f"{micro} image{'s' if micro > 1 else ''}"
+    images = counted(micro, unit)
     smaller = _smaller(config, micro, min_batch_size)
     if evaluating and "test.mode" in known_flags:
         return f"Out of GPU memory in the evaluation of single images.\n{_test_advice(config)}"

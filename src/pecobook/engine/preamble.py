@@ -14,13 +14,14 @@ from pecobook.utils.devices import apple_computes_bf16, device
 from pecobook.utils.printer import show
 
 
-def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Lines:
+def describe_run(stage: nn.Module, config: TrainConfig, num_images: int, unit: str = "images") -> Lines:
     """Return (topic, text) lines on the parameters, the devices with their precision, and the steps.
 
     Args:
         stage: the stage that is trained.
         config: settings whose precision is resolved.
         num_images: number of training images.
+        unit: what the run reads, "images" or "clips".
     """
     count, trained = parameter_counts(stage)
     parameters = f"{compact(count)} parameters" + (f", {compact(trained)} of them trained" if trained < count else "")
@@ -28,12 +29,12 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Line
     epochs = total * config.batch_size / num_images
     devices, micro = total_devices(config), micro_batch_size(config)
     parts = config.batch_size // (micro * devices)
-    batch = f"{config.batch_size:,} images a step"
+    batch = f"{config.batch_size:,} {unit} a step"
     if devices > 1 or parts > 1:
         places = f"{devices} devices" if devices > 1 else "1 device"
-        batch += f" ({places}, {micro:,} images at once" + (f", {parts} parts)" if parts > 1 else ")")
+        batch += f" ({places}, {micro:,} {unit} at once" + (f", {parts} parts)" if parts > 1 else ")")
     if config.batch_size > num_images:
-        batch += f": more than there are, so every step repeats images (--batch-size {num_images} does not)"
+        batch += f": more than there are, so every step repeats {unit} (--batch-size {num_images} does not)"
     epoch_text = f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}"
     return [
         ("model", parameters),

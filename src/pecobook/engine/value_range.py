@@ -20,7 +20,7 @@ def open_readable(source: str, setting: RangeSetting = AUTO, models: Iterable[st
     Raises:
         DataError: the source cannot be opened, none of the first few training images can be read, or no range fits.
     """
-    doing(f"listing the images of {source}")
+    doing(f"listing {source}")
     splits = open_images(source)
     doing("reading the first images")
     set_value_range(splits, setting, models)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.export import Card
-from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, quoted
 from pecobook.models.weights import Classifier
 from pecobook.settings.images import ClipConfig
@@ -212,11 +211,9 @@ class ClipClassifier(Classifier):
     def rebuild(cls, settings: dict[str, Any]) -> Self:
         """Build the network that `settings` describes, with random weights."""
         clip = replace(ClipConfig(), settings["clip"])
-        network = create_network(settings["name"], num_classes=len(settings["classes"]), **settings["args"])
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-        }
-        return cls(ClipNetwork(network, clip.frames), **{**values, "clip": clip})
+        model = super().rebuild({**settings, "clip": clip})
+        model.network = ClipNetwork(model.network, clip.frames)
+        return model
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the classifier from a folder or the hub and classifies one clip."""
@@ -224,7 +221,8 @@ class ClipClassifier(Classifier):
 from pecobook import ClipClassifier, read_clip
 
 model = ClipClassifier.from_pretrained({quoted(source)})
-crops = read_clip("clip.mp4", model.clip, model.image_size, crop=model.crop)  # a video, or a folder of frames
+# "clip.mp4" is a video, or a folder of frames
+crops = read_clip("clip.mp4", model.clip, model.image_size, crop=model.crop, value_range=model.value_range)
 probabilities = model(crops[None]).softmax(1)[0].detach()
 classes = model.classes
 {BEST_CLASSES}"""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
-from pecobook.data.clips import central_clip, open_clips, random_clip
+from pecobook.data.clips import central_clip, notes_on_frames, open_clips, random_clip
+from pecobook.data.images import open_images
 from pecobook.data.sampler import key
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
@@ -31,6 +34,26 @@ from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.images import channels_last, to_float
+
+
+class Kind(NamedTuple):
+    """What is classified, images or clips: how it is opened and viewed, and the classifier that is exported."""
+
+    open: Callable[[str], Splits]
+    view: ViewFunction
+    evaluation_view: ViewFunction
+    classifier: Callable[..., Classifier]
+    frames: tuple[int, ...]
+    """The sizes of a sample in front of channels, height and width: the number of frames of a clip."""
+
+
+def kind_of(config: FinetuneConfig) -> Kind:
+    """Return what the settings classify."""
+    clip = config.clip
+    if not clip.frames:
+        return Kind(_open_images, _augmented_view, central_view, Classifier, ())
+    view, evaluation_view = partial(random_clip, config=clip), partial(central_clip, config=clip)
+    return Kind(open_clips, view, evaluation_view, partial(ClipClassifier, clip=clip), (clip.frames,))
 
 
 class ClassifyStage(Stage[FinetuneConfig]):
@@ -80,7 +103,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         network = self.network if self.training or self.averaged is None else self.averaged
         if self.training:
             images, targets = self._augment(images, targets)
-        logits = network(images if self.config.clip.frames else channels_last(images)).float()
+        logits = network(images if images.ndim > 4 else channels_last(images)).float()
         if self.training:
             loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
             return StageOutput(loss, {"top1": 100 * (logits.argmax(1) == labels).float().mean()})
@@ -104,7 +127,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         return self.config.repeats
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
-        """Return the accuracy over all held-out images, in percent."""
+        """Return the accuracy over all held-out images or clips, in percent."""
         hits = rows["classes"] == rows["label"][:, None]  # (N, 5)
         metrics = {"top1": 100 * float(hits[:, 0].float().mean())}
         if len(self.classes) > 5:
@@ -123,7 +146,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         from pecobook.analysis.confusion import confusion_picture, write_predictions
 
         write_predictions(folder / "predictions.parquet", rows, self.classes, source)
-        picture = confusion_picture(rows["label"], rows["classes"][:, 0], self.classes)
+        picture = confusion_picture(rows["label"], rows["classes"][:, 0], self.classes, source.unit)
         write_atomically(folder / "samples" / "confusion.png", picture)
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
@@ -145,9 +168,8 @@ class ClassifyStage(Stage[FinetuneConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the classifier, of images as a plain timm network, with the names of its classes."""
         weights = submodule_state(state, "network" if self.averaged is None else "averaged")
-        clip = self.config.clip
-        kind: Any = partial(ClipClassifier, clip=clip) if clip.frames else Classifier
-        classifier = kind(self.network, *self._backbone_fields, classes=self.classes, crop=self.config.eval_crop)
+        fields = {"classes": self.classes, "crop": self.config.eval_crop}
+        classifier = kind_of(self.config).classifier(self.network, *self._backbone_fields, **fields)
         classifier.value_range, classifier.init = self.config.value_range, self.init
         classifier.save_pretrained(folder, state=weights, origin="classification")
         return str(classifier.loading_code(str(folder)))
@@ -159,8 +181,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         if not (config.backbone or config.init):
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
         backbone = load_for_classification(config)
-        frames = (config.clip.frames,) if config.clip.frames else ()
-        images = torch.zeros(2, *frames, 3, config.image_size, config.image_size)
+        images = torch.zeros(2, *kind_of(config).frames, 3, config.image_size, config.image_size)
         purpose = f"learn from images of {config.image_size} pixels"
         name = config.backbone or config.init
         dry_run(backbone.network, (images,), network=name, purpose=purpose)
@@ -171,7 +192,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
     @classmethod
     def open(cls, config: FinetuneConfig) -> Splits:
         """Open the images, or the clips, of `--data`."""
-        return open_clips(config.data) if config.clip.frames else super().open(config)
+        return kind_of(config).open(config.data)
 
     @classmethod
     def needs_labels(cls, config: FinetuneConfig) -> bool:
@@ -185,16 +206,14 @@ class ClassifyStage(Stage[FinetuneConfig]):
 
     @classmethod
     def view(cls, config: FinetuneConfig) -> ViewFunction:
-        """Return the function that takes a random, augmented crop of an image."""
+        """Return the function that takes a random, augmented crop of an image, or of the frames of a clip."""
         rules: dict[str, Any] = {"size": config.image_size, "min_area": config.min_crop, "policy": config.rand_augment}
-        view = partial(random_clip, config=config.clip) if config.clip.frames else _augmented_view
-        return partial(view, **rules)
+        return partial(kind_of(config).view, **rules)
 
     @classmethod
     def evaluation_view(cls, config: FinetuneConfig) -> ViewFunction:
-        """Return the function that takes the central crop of a held-out image."""
-        view = partial(central_clip, config=config.clip) if config.clip.frames else central_view
-        return partial(view, size=config.image_size, share=config.eval_crop)
+        """Return the function that takes the central crop of a held-out image or clip."""
+        return partial(kind_of(config).evaluation_view, size=config.image_size, share=config.eval_crop)
 
 
 def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -241,10 +260,15 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
         mean=config.mean,
         std=config.std,
     )
-    if config.clip.frames:
+    for frames in kind_of(config).frames:
         with refusing(backbone.name, "read clips", "Choose a ViT or a BEiT."):
-            backbone.network = ClipNetwork(backbone.network, config.clip.frames)
+            backbone.network = ClipNetwork(backbone.network, frames)
     return backbone
+
+
+def _open_images(data: str) -> Splits:
+    splits = open_images(data)
+    return dataclasses.replace(splits, notes=(*splits.notes, *notes_on_frames(splits.train)))
 
 
 def _augmented_view(image: Tensor, view_key: int, *, size: int, min_area: float, policy: str) -> dict[str, Tensor]:

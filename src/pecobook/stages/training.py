@@ -136,7 +136,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
-    doing(f"listing the images of {config.data}")
+    doing(f"listing {config.data}")
     splits = stage_type.open(config)
     given = ("tokenizer", "backbone", "perceptual", "target_features", "init")
     names = (getattr(config, name, "") for name in given)
@@ -171,7 +171,7 @@ def _preamble(ready: Ready[Any], recipe: str) -> list[str]:
     if ready.probe is not None and isinstance(config, ProbedTrainConfig):
         probes = [("probe", describe_probe(config, ready.probe))]
     logs = [] if find_spec("tensorboard") else [("logs", _NO_TENSORBOARD)]
-    run = describe_run(stage, config, len(splits.train))
+    run = describe_run(stage, config, len(splits.train), splits.train.unit)
     return aligned([*describe(splits), *weights, *run, *probes, *logs, *settings])
 
 

@@ -141,7 +141,7 @@ def _text(config: CheckConfig, report: dict[str, Any]) -> str:
         lines += ["", f"{number} thing{'s are' if number > 1 else ' is'} wrong:"]
         lines += [f"- {problem}".replace("\n", "\n  ") for problem in report["problems"]]
     else:
-        lines += ["", "Nothing is wrong with these images."]
+        lines += ["", f"Nothing is wrong with these {'clips' if 'clips' in report.get('summary', {}) else 'images'}."]
     return "\n".join(lines)
 
 

@@ -137,7 +137,9 @@ class _Repeats:
 
     def text(self) -> str:
         """Return both numbers as text."""
-        return f"in training {self.within:,}; held-out images that are in training {len(self.leaked):,}"
+        return (
+            f"in training {self.within:,}; held-out {self.splits.train.unit} that are in training {len(self.leaked):,}"
+        )
 
     def problems(self) -> list[str]:
         """Return a text on held-out images that are in training, if there are any."""
@@ -145,7 +147,8 @@ class _Repeats:
             return []
         lines = [f"{held_out} is {training}" for held_out, training in self.pairs]
         count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,}"
-        head = f"Held-out images with the bytes of a training image, so that scores would be too good: {count}"
+        unit = self.splits.train.unit
+        head = f"Held-out {unit} with the bytes of a training {unit[:-1]}, so that scores would be too good: {count}"
         return [listed([head, *lines], None, further=len(self.leaked) - len(lines))]
 
 
@@ -188,7 +191,8 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
             lines = []
             for reason, names in census.bad.items():  # a reason that many images have is written once
                 lines += [f"{names[0]}: {reason}"] if len(names) == 1 else [f"{reason}:", *(f"  {n}" for n in names)]
-            head = f"{kind} images{' or masks' if isinstance(source, SegmentationSource) else ''} that cannot be read"
+            what = f"{source.unit} or masks" if isinstance(source, SegmentationSource) else source.unit
+            head = f"{kind} {what} that cannot be read"
             rest = census.num_bad - len(census.names_of_bad())
             problems.append(listed([f"{head}: {census.num_bad:,}", *lines], None, further=rest))
     return problems
@@ -214,7 +218,7 @@ def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
 
 def _empty_classes(train: ImageSource, census: Census) -> list[str]:
     """Return a line on classes that training would not see."""
-    kind, counts = "objects" if isinstance(train, DetectionSource) else "images", class_counts(train) or {}
+    kind, counts = "objects" if isinstance(train, DetectionSource) else train.unit, class_counts(train) or {}
     if isinstance(train, SegmentationSource):
         kind, counts = "pixels", pixels_per_class(train.mask_classes, census.values)
     empty = [name for name, count in counts.items() if count == 0]
@@ -223,8 +227,8 @@ def _empty_classes(train: ImageSource, census: Census) -> list[str]:
         problems.append(
             f"{len(empty):,} of {len(counts):,} classes have no {kind} in training: {', '.join(empty[:NUM_NAMES])}"
         )
-    if len(counts) == 1 and kind == "images":
-        problems.append(f"All images are of one class, '{next(iter(counts))}', so there is nothing to tell apart.")
+    if len(counts) == 1 and kind == train.unit:
+        problems.append(f"All {kind} are of one class, '{next(iter(counts))}', so there is nothing to tell apart.")
     return problems
 
 

@@ -16,27 +16,21 @@ at the end. After an error or Ctrl-C the files hold the predictions that were ma
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from pecobook.commands.predict import robustness, writers
-from pecobook.data.clips import all_clips
+from pecobook.commands.predict.sources import Sources
 from pecobook.data.decode import BadImage
-from pecobook.data.folders import FileStore, walk
-from pecobook.data.images import open_all_splits, say_left_out
-from pecobook.data.names import IMAGE_EXTENSIONS
-from pecobook.data.source import ImageSource
 from pecobook.data.stream import read_whole
 from pecobook.engine.log import Progress
 from pecobook.engine.value_range import set_value_range
-from pecobook.errors import ConfigError, DataError, WeightsError
+from pecobook.errors import ConfigError, DataError, WeightsError, counted
 from pecobook.models.export import read_settings
-from pecobook.settings.images import ClipConfig
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import OutputFolder
@@ -51,6 +45,9 @@ class Writer(Protocol):
 
     shortest: int
     """The shorter side that large images keep, pixels, see `decode`; 0 where the writer needs the whole image."""
+
+    def sources(self, source: str) -> Sources:
+        """Open the images, or what else the model reads, of a source. Raises DataError."""
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Predict one image and write the files of this image.
@@ -87,10 +84,7 @@ def predict(config: PredictConfig) -> Path:
         show(f"\nDone: {folder.path / robustness.FILE}\n{summary}")
         return folder.path
     writer = _writer(config, folder.path)
-    if isinstance(writer, writers.ClipWriter):
-        sources = list_clips(config.images, writer.model.clip)
-    else:
-        sources = list_images(config.images)
+    sources = writer.sources(config.images)
     set_value_range([source for source, _ in sources], config.value_range, [config.run])
     with folder.begin():
         summary = _predict_all(config, sources, writer, folder.path)
@@ -98,81 +92,37 @@ def predict(config: PredictConfig) -> Path:
     return folder.path
 
 
-def _predict_all(config: PredictConfig, sources: list[tuple[ImageSource, str]], writer: Writer, out: Path) -> str:
+def _predict_all(config: PredictConfig, sources: Sources, writer: Writer, out: Path) -> str:
     """Predict all images; returns a text on what was written. Raises DataError when no image can be read."""
-    total = sum(len(source) for source, _ in sources)
+    total, unit = sum(len(source) for source, _ in sources), sources[0][0].unit
     progress = Progress(total=total, start=0, name="predict", quiet=False)
     skipped: list[str] = []
     used_names: set[str] = set()
     num_predicted, summary = 0, ""
     try:
-        for name, image in read_images(sources, writer.shortest):
-            try:
-                if isinstance(image, BadImage):
-                    raise image
-                writer.add(name, file_name(name, used_names), image)
-                num_predicted += 1
-            except BadImage as error:
-                skipped.append(str(error))
-            progress.show(num_predicted + len(skipped), {})
+        for source, prefix in sources:
+            for index, image in enumerate(read_whole(source, writer.shortest)):
+                try:
+                    if isinstance(image, BadImage):
+                        raise image
+                    name = source.identify(index).removeprefix(prefix)
+                    writer.add(name, file_name(name, used_names), image)
+                    num_predicted += 1
+                except BadImage as error:
+                    skipped.append(str(error))
+                progress.show(num_predicted + len(skipped), {})
     finally:  # also after an error or Ctrl-C, the predictions that were made are kept
         progress.close()
         if num_predicted:
             summary = writer.finish()
             if skipped:
                 write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
-                summary += f"\n{len(skipped)} of {total} images were skipped; {out / 'skipped.txt'} says why."
+                summary += f"\n{len(skipped)} of {counted(total, unit)} were skipped; {out / 'skipped.txt'} says why."
     if not num_predicted:
-        raise DataError(f"None of the {total} images of '{config.images}' can be predicted; the first: {skipped[0]}.")
+        raise DataError(
+            f"None of the {counted(total, unit)} of '{config.images}' can be predicted; the first: {skipped[0]}."
+        )
     return summary
-
-
-def list_images(source: str) -> list[tuple[ImageSource, str]]:
-    """Open all images of a file, a folder or another source, of every split.
-
-    Returns:
-        sources, each with the text at the start of the names of its images that is to be removed.
-
-    Raises:
-        DataError: the source does not exist or holds no image.
-    """
-    import pyarrow as pa
-
-    path = Path(source).expanduser()
-    if path.is_dir():
-        tree = walk(path)
-        if tree.chunks:
-            say_left_out(source, tree.left_out)
-            store = FileStore(path, pa.chunked_array(tree.chunks))
-            return [(ImageSource(store, name=source, split="train"), f"{path}/")]
-    elif path.is_file() and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-        store = FileStore(path.parent, pa.array([os.fsencode(path.name)]))
-        return [(ImageSource(store, name=source, split="train"), f"{path.parent}/")]
-    try:
-        splits = open_all_splits(source)
-    except DataError as error:
-        raise DataError(str(error).replace("--data '", "'")) from None
-    if not splits:
-        raise DataError(f"'{source}' holds no image.")
-    return [(split, "") for split in splits]
-
-
-def list_clips(source: str, config: ClipConfig) -> list[tuple[ImageSource, str]]:
-    """Open all clips of a folder, or one video, as `list_images` opens images."""
-    path = Path(source).expanduser()
-    return [(all_clips(source, config), f"{path if path.is_dir() else path.parent}/")]
-
-
-def read_images(sources: list[tuple[ImageSource, str]], shortest: int = 0) -> Iterator[tuple[str, Tensor | BadImage]]:
-    """Decode images in worker processes; `shortest` as in `decode`.
-
-    Yields:
-        name of an image, and the pixels uint8 (3, H, W), of a clip the frames (T, 3, H, W), or the reason why it cannot
-        be read.
-    """
-    for source, prefix in sources:
-        for index, image in enumerate(read_whole(source, shortest)):
-            yield source.identify(index).removeprefix(prefix), image
 
 
 def file_name(name: str, used_names: set[str]) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pecobook.analysis.detections import coco_results, colour_of
 from pecobook.analysis.segments import overlay, palette
+from pecobook.commands.predict.sources import Sources, list_clips, list_images
 from pecobook.data.clips import central_crops
 from pecobook.data.decode import BadImage
 from pecobook.data.views import center_crop, central_view, shortest_side
-from pecobook.errors import first_line
+from pecobook.errors import counted, first_line
 from pecobook.models.dense.detector import Detections, Detector
 from pecobook.models.dense.segmenter import Segmenter
 from pecobook.models.video import ClipClassifier
@@ -46,6 +47,7 @@ class ClassifierWriter:
     """Writes predictions.csv: a row per image with the five best classes and their probabilities."""
 
     kind: type[Classifier] = Classifier
+    unit = "images"
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures = out, config.pictures
@@ -56,6 +58,10 @@ class ClassifierWriter:
         self.num_images = 0
         self.num_best = min(_NUM_BEST, len(self.model.classes))
         self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, central square of the image
+
+    def sources(self, source: str) -> Sources:
+        """Open the images of a source."""
+        return list_images(source)
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Put the central square of an image into the batch; a full batch is classified and written."""
@@ -86,7 +92,7 @@ class ClassifierWriter:
         writer = csv.writer(text)
         if not self.num_images:
             pairs = ((f"class_{n}", f"probability_{n}") for n in range(2, self.num_best + 1))
-            writer.writerow(["image", "class", "probability", *(name for pair in pairs for name in pair)])
+            writer.writerow([self.unit[:-1], "class", "probability", *(name for pair in pairs for name in pair)])
         writer.writerow(row)
         _append(self.out / "predictions.csv", text.getvalue())
         self.num_images += 1
@@ -95,14 +101,19 @@ class ClassifierWriter:
         """Classify the images that still wait."""
         if self.waiting:
             self._classify()
-        return f"predictions.csv: {self.num_images} images."
+        return f"predictions.csv: {counted(self.num_images, self.unit)}."
 
 
 class ClipWriter(ClassifierWriter):
     """Writes what `ClassifierWriter` writes, for clips; a picture is the middle frame."""
 
     kind = ClipClassifier
+    unit = "clips"
     model: ClipClassifier
+
+    def sources(self, source: str) -> Sources:
+        """Open the clips of a source, read as the frames of evaluation."""
+        return list_clips(source, self.model.clip)
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Put the squares of the frames (T, 3, H, W) of a clip into the batch."""
@@ -114,6 +125,7 @@ class SegmenterWriter:
     """Writes masks/: a palette PNG per image, whose pixel values are the class numbers of classes.txt."""
 
     shortest = 0
+    sources = staticmethod(list_images)
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures, self.test = out, config.pictures, config.test
@@ -152,6 +164,7 @@ class DetectorWriter:
     """Writes detections.json in COCO's format of results, and images.json with the number of each image."""
 
     shortest = 0
+    sources = staticmethod(list_images)
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures, self.score = out, config.pictures, config.score
