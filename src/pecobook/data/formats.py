@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,7 @@ class DeepTiff(ImageFile.ImageFile):
     def _page(self) -> Any:
         import tifffile
 
+        logging.getLogger("tifffile").disabled = True  # it tells of damage, which becomes the reason of a bad image
         assert self.fp is not None
         self.fp.seek(0)
         try:

@@ -22,8 +22,8 @@ from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
 from pecobook.data.remote_cache import cache_folder, into_cache, locked, read_cached, say_not_kept
-from pecobook.data.remote_refusals import RefusedError, reason_of, refuse, shown
-from pecobook.errors import ConfigError, DataError, first_line
+from pecobook.data.remote_refusals import RefusedError, asked_pause, reason_of, refuse
+from pecobook.errors import ConfigError, DataError, first_line, shown
 
 T = TypeVar("T")
 
@@ -213,9 +213,10 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
             raise
         except Exception as error:  # each library has exceptions of its own for lost connections
             refuse(url, error)
+            pause = max(pause, asked_pause(error))
             if time.monotonic() + pause > end:
                 raise DataError(f"'{shown(url)}' cannot be read: {reason_of(error)}.") from error
-            time.sleep(pause * random.uniform(0.5, 1))  # so that processes do not all come back at once
+            time.sleep(max(pause * random.uniform(0.5, 1), asked_pause(error)))  # so that not all come back at once
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -228,7 +229,8 @@ def _info(url: str) -> dict[str, Any]:
 
 def _version(info: dict[str, Any]) -> str:
     names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "generation", "blob_id")
-    return f"{info['size']} {[str(info[name]) for name in names if info.get(name)]}"
+    found = [str(info[name]) for name in names if info.get(name)]
+    return f"{info['size']} {found or [info[name] for name in ('Last-Modified', 'Content-MD5') if info.get(name)]}"
 
 
 def _fetch(url: str, start: int, stop: int) -> bytes:

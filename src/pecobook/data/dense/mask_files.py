@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pecobook.data.decode import BadImage, open_image, orientation_of
+from pecobook.data.decode import BadImage, check_png, open_image, orientation_of
 from pecobook.errors import first_line, loading_reason
 
 UNLISTED = 65_536
@@ -93,6 +93,8 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
     if picture.format == "TIFF" and picture.tag_v2.get(262) == 0:  # Pillow inverts the numbers, other programs do not
         raise InvalidMask(name, "is a TIFF whose 0 is white, so that its numbers are unclear: save it as PNG")
     top = _top(picture, depth)
+    if picture.format == "PNG":
+        check_png(data, name)
     picture.load()
     palette = tuple(picture.getpalette("RGB") or ()) if picture.mode == "P" else None
     if orientation_of(picture) > 1:
