@@ -21,7 +21,7 @@ from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, load
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import loss_weights, micro_batches
-from pecobook.engine.attention import trainable_attention
+from pecobook.engine.attention import idle_kernel, trainable_attention
 from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.feed import Feed
@@ -175,6 +175,7 @@ class Loop:
                 while step < self.total:
                     stop = self.step_once(step, batches, signals)
                     step += 1
+                    say(idle_kernel(self.config.attention) if step == self.start + 1 else "")
                     self.hook.after(step, self.total, self.stage)
                     self._save_if_due(step, stop)  # before an evaluation, which may fail
                     if is_time(step, self.config.sample_every, self.total):
