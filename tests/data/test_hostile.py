@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from pecobook.data.decode import BadImage, decode
+from pecobook.data.deep import ValueRange
 from pecobook.data.dense.mask_files import read_pixels
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.data.folders import walk
@@ -24,7 +25,7 @@ from pecobook.data.images import open_images
 from pecobook.data.parts import assemble, class_indices
 from pecobook.errors import DataError
 from pecobook.settings.changes import changed_settings
-from tests.data.pictures import encode, picture, png_16
+from tests.data.pictures import encode, picture, png_16, tiff, to_pixels
 from tests.data.sources import make_tar, png, samples, values, write
 
 COMPOSED, SPLIT = "caf\u00e9", "cafe\u0301"
@@ -75,6 +76,25 @@ def test_damage_of_a_tiff_is_told_by_the_error_alone(caplog: pytest.LogCaptureFi
     assert caplog.records == []
 
 
+def test_signed_bytes_of_a_tiff_keep_their_sign() -> None:
+    values = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    data = tiff(values)
+    with pytest.raises(BadImage, match="int8 values have no agreed range: give --value-range LOW HIGH"):
+        decode(data)
+    assert to_pixels(decode(data, value_range=ValueRange(-128, 127)))[..., 0].tolist() == (values + 128.0).tolist()
+    with pytest.raises(BadImage, match="holds the value -128, but values start at 0"):
+        read_pixels(data, name="m.tif")
+    assert read_pixels(tiff(values.clip(0)), name="m.tif").values(None).max() == 127
+
+
+def test_a_tiff_of_many_bands_says_what_it_holds() -> None:
+    for values in (np.zeros((9, 8, 13), np.uint16), np.zeros((9, 8, 3), np.float32)):
+        with pytest.raises(
+            BadImage, match=r"a TIFF of (uint16|float32) \(.*9, 8.*\) is not read: save it as grey or RGB"
+        ):
+            decode(tiff(values, photometric="minisblack", planarconfig="contig"))
+
+
 # -------------------------------------------------------------------------------------------------- data that change
 
 
@@ -122,7 +142,7 @@ def test_an_address_with_a_new_signature_continues_a_run() -> None:
 def test_labels_of_shards_are_not_changed(
     extension: str, first: bytes, second: bytes, classes: list[str], tmp_path: Path
 ) -> None:
-    members = {}
+    members: dict[str, bytes] = {}
     for number in range(8):
         members |= {f"{number}.png": png(number), f"{number}.{extension}": (first, second)[number % 2]}
     shard = make_tar(tmp_path / "x.tar", members.items())

@@ -268,9 +268,11 @@ def make_index(source: str, shards: list[Path]) -> Any:
                 found = next(indices)
             except (tarfile.TarError, OSError) as error:
                 threads.shutdown(wait=False, cancel_futures=True)
-                why, remedy = first_line(error), "\nShards must be uncompressed .tar files."
-                why, remedy = (error.strerror, "") if getattr(error, "strerror", None) else (why, remedy)
-                raise DataError(f"--data '{source}': '{shard}' cannot be read as a tar file: {why}.{remedy}") from error
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else None
+                remedy = "" if reason else "\nShards must be uncompressed .tar files."
+                raise DataError(
+                    f"--data '{source}': '{shard}' cannot be read as a tar file: {reason or first_line(error)}.{remedy}"
+                ) from error
             left_out += found.left_out
             notes += found.notes
             columns = zip(*((number, *image) for image in found.images), strict=True)

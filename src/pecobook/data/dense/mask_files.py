@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pecobook.data.decode import BadImage, check_png, open_image, orientation_of
+from pecobook.data.deep import is_signed_byte
 from pecobook.errors import first_line, loading_reason
 
 UNLISTED = 65_536
@@ -101,7 +102,8 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
         ImageOps.exif_transpose(picture, in_place=True)
     shown = np.asarray(picture.convert("RGB")) if colours else np.zeros((picture.height, picture.width, 0), np.uint8)
     if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
-        numbers = np.asarray(picture).astype(np.int64)
+        array = np.asarray(picture)
+        numbers = (array.view(np.int8) if is_signed_byte(picture) else array).astype(np.int64)
         if top not in (1, 255) and picture.mode != "P":  # Pillow has stretched them
             numbers = np.rint(numbers * top / (255 if picture.mode == "L" else 65_535)).astype(np.int64)
     elif picture.mode == "F":
