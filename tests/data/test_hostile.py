@@ -88,11 +88,11 @@ def test_signed_bytes_of_a_tiff_keep_their_sign() -> None:
 
 
 def test_a_tiff_of_many_bands_says_what_it_holds() -> None:
-    for values in (np.zeros((9, 8, 13), np.uint16), np.zeros((9, 8, 3), np.float32)):
+    for bands in (np.zeros((9, 8, 13), np.uint16), np.zeros((9, 8, 3), np.float32)):
         with pytest.raises(
             BadImage, match=r"a TIFF of (uint16|float32) \(.*9, 8.*\) is not read: save it as grey or RGB"
         ):
-            decode(tiff(values, photometric="minisblack", planarconfig="contig"))
+            decode(tiff(bands, photometric="minisblack", planarconfig="contig"))
 
 
 # -------------------------------------------------------------------------------------------------- data that change

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pecobook.settings.training import AttentionKernel
 
-
 _is_used = False
 
 
