@@ -38,28 +38,32 @@ def refuse(url: str, error: Exception) -> None:
         raise RefusedError(f"'{shown(url)}' cannot be read: {reason_of(error)}.{remedy}") from error
 
 
-def _answer(error: BaseException) -> int:
-    """Return the number with which a web server answered, 0 for other failures.
+def _cause(error: BaseException) -> BaseException:
+    """Return the failure that says what a server answered.
 
-    fsspec raises FileNotFoundError for every failure of the first question about a file; the cause says what it was.
+    fsspec raises FileNotFoundError for every failure of the first question about a file.
     """
-    return int(getattr(error, "status", 0) or getattr(error.__cause__, "status", 0) or 0)
+    cause = error.__cause__
+    return cause if cause and (isinstance(error, FileNotFoundError) or hasattr(cause, "status")) else error
 
 
 def reason_of(error: BaseException) -> str:
     """Return why a request failed, without a full stop."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    answer = _answer(error)
+    cause = _cause(error)
     message, _, _ = str(getattr(cause, "message", "")).partition("\n")
-    text = f"the server answers {answer} {message}" if answer else first_line(cause)
+    text = f"the server answers {answer} {message}" if (answer := _answer(error)) else first_line(cause)
     if "TooManyRedirects" in type(cause).__name__:
         text = "the server sends from address to address"
     wait = asked_pause(error)
     return (text.strip().rstrip(".:") or type(cause).__name__) + (f", and asks to wait {wait:.0f} s" if wait else "")
 
 
+def _answer(error: BaseException) -> int:
+    """Return the number with which a web server answered, 0 for other failures."""
+    return int(getattr(_cause(error), "status", 0) or 0)
+
+
 def asked_pause(error: BaseException) -> float:
     """Return the seconds for which a busy server asks to wait (Retry-After), 0 where it does not say."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    stated = str((getattr(cause, "headers", None) or {}).get("Retry-After", ""))
+    stated = str((getattr(_cause(error), "headers", None) or {}).get("Retry-After", ""))
     return float(stated) if stated.isdecimal() else 0.0

@@ -101,7 +101,8 @@ def start_backbone(network: nn.Module, source: str, *, name: str, args: dict[str
     start = _start(source, loaded.mean, loaded.std, *loaded.notes)
     if not source.startswith("timm:"):
         settings = read_settings(source)
-        size, has_table = settings.get("image_size"), _has_position_table(network)
+        tables, size = ("pos_embed", "relative_position_bias_table"), settings.get("image_size")
+        has_table = any(name.endswith(tables) for name in network.state_dict())
         if size and size != image_size and has_table:
             start.taken = [f"backbone, its positions resampled from {size} to {image_size} pixels"]
         start.left = ["head"] if settings.get("classes") else []
@@ -110,10 +111,6 @@ def start_backbone(network: nn.Module, source: str, *, name: str, args: dict[str
 
 def _start(source: str, mean: tuple[float, ...], std: tuple[float, ...], *lines: str) -> Start:
     return Start(source, ["backbone"], mean=mean, std=std, lines=lines)
-
-
-def _has_position_table(network: nn.Module) -> bool:
-    return any(name.endswith(("pos_embed", "relative_position_bias_table")) for name in network.state_dict())
 
 
 # ------------------------------------------------------------------------------------------- weights beside the network
@@ -308,14 +305,11 @@ def start_dense(model: nn.Module, source: str, kind: str, classes: Sequence[str]
     model.load_state_dict({**own, **fitting})
     start = Start(source, [f"{len(fitting)} of {len(own)} tensors"])
     parts = dict.fromkeys(name.rpartition(".")[0] for name in own if name not in fitting)
-    start.left = [f"{part} ({'another shape' if _of_module(state, part) else 'not in it'})" for part in parts]
+    held = {part for part in parts if any(name.startswith(f"{part}.") for name in state)}
+    start.left = [f"{part} ({'another shape' if part in held else 'not in it'})" for part in parts]
     if tuple(settings["classes"]) != tuple(classes):
         start.lines = (f"--init: its classes were {', '.join(settings['classes'])[:200]}",)
     return start
-
-
-def _of_module(state: dict[str, Tensor], module: str) -> bool:
-    return any(name.startswith(f"{module}.") for name in state)
 
 
 # --------------------------------------------------------------------------------------------------- masked image model

@@ -43,14 +43,12 @@ class Backbone(Exported):
         image_size: side of the training images, pixels; None if the network takes any size.
         target: prediction target of masked pre-training (`tokens` or `pixels`); empty without such pre-training.
         notes: lines for the user on what was taken from where.
+        classes: names of the classes of a classifier.
+        crop: side of the central square that the network reads, as a share of the image's shorter side.
     """
 
     kind = "backbone"
     trained_by = "contrast or pretrain"
-    classes: tuple[str, ...] = ()
-    """Names of the classes of a classifier."""
-    crop: float = 1.0
-    """Side of the central square that the network reads, as a share of the image's shorter side."""
 
     def __init__(
         self,
@@ -63,10 +61,12 @@ class Backbone(Exported):
         *,
         target: str = "",
         notes: tuple[str, ...] = (),
+        classes: tuple[str, ...] = (),
+        crop: float = 1.0,
     ) -> None:
         super().__init__()
         self.network, self.name, self.args, self.target, self.notes = network, name, args, target, notes
-        self.mean, self.std, self.image_size = mean, std, image_size
+        self.mean, self.std, self.image_size, self.classes, self.crop = mean, std, image_size, classes, crop or 1.0
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits.
@@ -168,36 +168,10 @@ from PIL import Image, ImageOps
 
 
 class Classifier(Backbone):
-    """A network with a classification head: maps images to logits of the classes.
-
-    Args:
-        network: a timm network.
-        name: timm's name of the network.
-        args: further arguments of timm.create_model.
-        mean: mean of the input's normalisation, RGB in [0, 1].
-        std: standard deviation of the input's normalisation, RGB in [0, 1].
-        image_size: side of the training images, pixels.
-        classes: names of the classes.
-        crop: side of the centre crop in evaluation, as a share of the image's shorter side.
-    """
+    """A network with a classification head, which maps images to logits of `classes`; arguments as of `Backbone`."""
 
     kind = "classifier"
     trained_by = "finetune"
-
-    def __init__(
-        self,
-        network: nn.Module,
-        name: str,
-        args: dict[str, Any],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        image_size: int | None,
-        *,
-        classes: tuple[str, ...],
-        crop: float = 1.0,
-    ) -> None:
-        super().__init__(network, name, args, mean, std, image_size)
-        self.classes, self.crop = classes, crop or 1.0
 
     def settings(self) -> dict[str, Any]:
         """Return name, arguments, expected input and classes of the network, as JSON values."""

@@ -191,7 +191,8 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         value = work()
     except Exception as error:
         failure = error
-    messages = gather_objects(None if failure is None else _message(failure))
+    kind = "" if failure is None or isinstance(failure, PecobookError) else f"{type(failure).__name__}: "
+    messages = gather_objects(None if failure is None else kind + (first_line(failure) if kind else str(failure)))
     first = next((rank for rank, message in enumerate(messages) if message is not None), None)
     if first is None:
         return value
@@ -200,10 +201,6 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     if isinstance(failure, PecobookError):
         failure.on_all_ranks = True
     raise failure
-
-
-def _message(error: Exception) -> str:
-    return str(error) if isinstance(error, PecobookError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def gather_objects(value: T) -> list[T]:
