@@ -170,6 +170,16 @@ def test_two_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
     assert class_indices(["dog", SPLIT], [COMPOSED], "run", "x") == [1]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_names_of_classes_in_another_encoding_are_refused(encoding: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(1)] * 4, "label": [0, 1] * 2}), tmp_path / "x.parquet")
+    (tmp_path / "classes.txt").write_text(f"{COMPOSED}\ndog\n", encoding=encoding)
+    with pytest.raises(
+        DataError, match=r"classes\.txt', the names of the classes, cannot be read: it is not text in UTF-8"
+    ):
+        open_images(str(tmp_path / "x.parquet"))
+
+
 class Cranes:
     """A data set of torch with the names of classes that torchvision's ImageNet has."""
 

@@ -181,10 +181,7 @@ def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
 
 
 def check_png(data: bytes, name: str = "") -> None:
-    """Raise BadImage if the pixels of a PNG do not have their checksum, which Pillow does not look at.
-
-    Zeros at the end, as a lost power supply or a download that stopped leaves them, would become pixels.
-    """
+    """Raise BadImage if the pixels of a PNG do not have their checksum: Pillow makes pixels of zeros at the end."""
     start, kind = 8, b""
     while kind != b"IEND" and start + 8 < len(data):
         kind, end = data[start + 4 : start + 8], start + 8 + int.from_bytes(data[start : start + 4], "big")
@@ -333,10 +330,9 @@ def read_file(path: Path | bytes, name: str = "") -> bytes:
             check_bytes(status.st_size, "")
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (bytes)
             return file.read()
-    except OSError as error:
-        raise BadImage(name or os.fsencode(path).decode(errors="replace"), error.strerror or str(error)) from error
-    except BadImage as error:
-        raise BadImage(name or os.fsencode(path).decode(errors="replace"), error.reason) from None
+    except (OSError, BadImage) as error:
+        reason = error.reason if isinstance(error, BadImage) else error.strerror or str(error)
+        raise BadImage(name or os.fsencode(path).decode(errors="replace"), reason) from None
 
 
 def check_regular(status: os.stat_result, name: str) -> None:

@@ -221,12 +221,16 @@ def class_names(path: Path) -> tuple[str, ...] | None:
     """Return the names in `classes.txt`, in label order: a name on each line, "id<tab>name" or "label name".
 
     The id of "id<tab>name" is left out if all names differ. A name that stands there twice gets its label behind it.
+    Raises DataError if the file cannot be read.
     """
     if not path.is_file():
         return None
-    lines = [
-        line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()
-    ]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8: save it so"
+        raise DataError(f"'{path}', the names of the classes, cannot be read: {reason}.") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     numbered = sorted((int(match[1]), match[2]) for line in lines if (match := _NUMBERED.fullmatch(line)))
     if [number for number, _ in numbered] == list(range(len(lines))):
         lines = [name for _, name in numbered]

@@ -17,7 +17,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
+from operator import methodcaller
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
@@ -272,7 +272,7 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
         if not is_pattern and url.lower().endswith(_SUFFIXES):
             found.append(url)
             continue
-        paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
+        paths = sorted(_try(url, methodcaller("glob" if is_pattern else "find", url), _TIMEOUT))
         paths = [path.removeprefix(f"{protocol}://").strip("/") for path in paths]
         paths = [path for path in paths if path != url.partition("://")[2].strip("/")]  # an object that marks a folder
         start = "file:///" if protocol == "file" else f"{protocol}://"
@@ -289,10 +289,6 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
         )
         raise DataError(f"--data '{source}' {what}. Single images are not read from other machines: pack them.")
     return used, left_out
-
-
-def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
-    return sorted(system.glob(url) if is_pattern else system.find(url))
 
 
 # --------------------------------------------------------------------------------------------------------------- cache

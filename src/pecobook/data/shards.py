@@ -58,7 +58,7 @@ class ShardStore(Store):
         )
         # shard -> file descriptor; pread uses no file position, so forked processes may share the descriptor
         self._open: dict[int, int] = {}
-        self._written = [(0, 0.0) if isinstance(shard, RemotePath) else _written(shard.stat()) for shard in shards]
+        self._states: list[Any] = [None if isinstance(shard, RemotePath) else shard.stat() for shard in shards]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -96,11 +96,12 @@ class ShardStore(Store):
             is_kept = len(self._open) < _MAX_OPEN and self._open.setdefault(shard, descriptor) == descriptor
         try:
             data = os.pread(descriptor, size, offset)
-            (old_size, old_time), (new_size, time) = self._written[shard], _written(os.fstat(descriptor))
+            before, now = self._states[shard], os.fstat(descriptor)
         finally:
             if not is_kept:
                 os.close(descriptor)
-        if len(data) == size and (new_size != old_size or abs(time - old_time) > _SAME_TIME):
+        is_other = now.st_size != before.st_size or abs(now.st_mtime - before.st_mtime) > _SAME_TIME
+        if is_other and len(data) == size:
             raise OSError(errno.ESTALE, "the shard was written since it was opened: start the command again")
         return data
 
@@ -119,10 +120,6 @@ class ShardStore(Store):
         for number, part in enumerate(parts):
             digest.update((b"\0" if number else b"") + "\0".join(self._members.take(part).to_pylist()).encode())
         return digest.hexdigest()
-
-
-def _written(status: os.stat_result) -> tuple[int, float]:
-    return status.st_size, status.st_mtime
 
 
 def shard_contents(source: str, shards: list[Path], root: Path | None = None) -> Contents:

@@ -163,7 +163,8 @@ def read_checkpoint(path: str) -> Checkpoint:
         wrapper.append(inner)
         left += [str(name) for name in content if name != inner]
         content = content[inner]
-    if not _has_tensors(content) or not (wrapper or _is_plain(content)):
+    plain = (Tensor, str, int, float, bool, type(None))  # such as the number of an epoch
+    if not _has_tensors(content) or not (wrapper or all(isinstance(value, plain) for value in content.values())):
         keys = f": its keys are {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else ""
         raise WeightsError(f"'{path}' contains no state dict{keys}.")
     left += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
@@ -198,11 +199,6 @@ def _has_tensors(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     return any(isinstance(v, Tensor) for v in value.values()) or any(_has_tensors(value.get(w)) for w in _WRAPPERS)
-
-
-def _is_plain(content: dict[Any, Any]) -> bool:
-    """Whether the entries that are no tensors are plain values, such as the number of an epoch."""
-    return all(isinstance(value, (Tensor, str, int, float, bool, type(None))) for value in content.values())
 
 
 _SHARED = "rel_pos_bias.relative_position_bias_table"
