@@ -39,10 +39,7 @@ def refuse(url: str, error: Exception) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the failure that says what a server answered.
-
-    fsspec raises FileNotFoundError for every failure of the first question about a file.
-    """
+    """Return what a server answered: fsspec raises FileNotFoundError for all failures of the first question."""
     cause = error.__cause__
     return cause if cause and (isinstance(error, FileNotFoundError) or hasattr(cause, "status")) else error
 
