@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import pecobook
 from pecobook.commands.table import COMMANDS
 from pecobook.recipes import RECIPES
+from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import Resume
 
 FILE = Path(pecobook.__file__).parent / "keywords.py"
@@ -91,7 +92,7 @@ def render() -> str:
             kind_text = "Any" if is_any else type_of(hints[name])
             note = "  # type: ignore[misc]" if name in inherited else ""
             lines.append(f"    {name}: {kind_text}{note}")
-        if config in commands:
+        if config is TrainConfig:
             lines += ["    transform: Callable[[Any], Any] | None", "    on_step: Callable[[Any], object] | None"]
         parts.append("\n".join(lines) + "\n")
     return "\n\n".join(parts)

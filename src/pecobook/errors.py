@@ -6,11 +6,13 @@ The command line prints these errors without a traceback and exits with code 2; 
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+_QUERY = re.compile(r"https?://.*?\.(tar|parquet)\?")
 
 
 class PecobookError(Exception):
@@ -83,6 +85,11 @@ def did_you_mean(value: str, options: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def shown(address: str) -> str:
+    """Return the address of a file on a web server without what stands behind `?`, such as a signature that expires."""
+    return address.partition("?")[0] if _QUERY.match(address) else address
 
 
 def loading_reason(error: BaseException) -> str:

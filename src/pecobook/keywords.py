@@ -70,6 +70,8 @@ class TrainKeywords(ImagesKeywords, total=False):
     verify_data: bool
     accept_data_change: bool
     dry_run: bool
+    transform: Callable[[Any], Any] | None
+    on_step: Callable[[Any], object] | None
 
 
 class CompileTrainKeywords(TrainKeywords, total=False):
@@ -115,8 +117,6 @@ class ContrastKeywords(ProbedTrainKeywords, total=False):
     blur: Sequence[float]
     solarise: Sequence[float]
     knn_images: int
-    transform: Callable[[Any], Any] | None
-    on_step: Callable[[Any], object] | None
 
 
 class AutoencoderKeywords(TypedDict, total=False):
@@ -203,8 +203,6 @@ class CodebookKeywords(CropTrainKeywords, total=False):
     target: TargetKeywords
     pixel_weight: float
     balance: bool
-    transform: Callable[[Any], Any] | None
-    on_step: Callable[[Any], object] | None
 
 
 class ResidualKeywords(TypedDict, total=False):
@@ -241,8 +239,6 @@ class PretrainKeywords(ProbedTrainKeywords, ResidualKeywords, total=False):
     drop_path: float
     mask: MaskKeywords
     colour: PhotometricKeywords
-    transform: Callable[[Any], Any] | None
-    on_step: Callable[[Any], object] | None
 
 
 class StartKeywords(TypedDict, total=False):
@@ -282,8 +278,6 @@ class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, 
     head_rate: float
     clip: ClipKeywords
     optim: OptimKeywords  # type: ignore[misc]
-    transform: Callable[[Any], Any] | None
-    on_step: Callable[[Any], object] | None
 
 
 class SegmenterKeywords(TypedDict, total=False):
@@ -320,8 +314,6 @@ class SegmentKeywords(CompileTrainKeywords, SegmenterKeywords, StartKeywords, No
     colours: PhotometricKeywords
     test: SegmentTestKeywords
     optim: OptimKeywords  # type: ignore[misc]
-    transform: Callable[[Any], Any] | None
-    on_step: Callable[[Any], object] | None
 
 
 class DetectorKeywords(TypedDict, total=False):
@@ -344,5 +336,3 @@ class DetectKeywords(TrainKeywords, StartKeywords, NormalisationKeywords, total=
     max_size: int
     jitter: Sequence[float]
     optim: OptimKeywords  # type: ignore[misc]
-    transform: Callable[[Any], Any] | None
-    on_step: Callable[[Any], object] | None

@@ -54,6 +54,39 @@ def test_a_server_that_is_away_at_the_first_question_is_asked_again(server: Serv
     assert server.trouble["first"] == []
 
 
+def test_a_busy_server_is_asked_again_when_it_says(server: Server, tmp_path: Path) -> None:
+    make_shards(tmp_path / "served")
+    local = values(open_images(str(tmp_path / "served" / "train-000.tar")).train)
+    server.trouble["next"] = ["wait 1"]
+    began = time.monotonic()
+    assert values(open_images(f"{server.url}/train-000.tar").train) == local
+    assert time.monotonic() - began > 1
+    server.trouble["next"] = ["wait 3600"]
+    with pytest.raises(DataError, match=r"the server answers 429 Too Many Requests, and asks to wait 3600 s\.$"):
+        open_images(f"{server.url}/train-001.tar")
+
+
+def test_a_file_that_is_replaced_is_known_by_its_time_where_the_server_has_no_etag(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_tar(tmp_path / "served" / "x.tar", samples(range(8)))
+    server.trouble["no ETag"] = True
+    url = f"{server.url}/x.tar"
+    assert sorted(values(open_images(url).train)) == sorted(values(open_images(str(file)).train))
+    make_tar(file, samples(range(8, 16)))  # as many bytes
+    os.utime(file, (time.time() + 60,) * 2)
+    monkeypatch.setattr(remote, "_infos", {})
+    assert min(values(open_images(url).train)) >= 8
+
+
+def test_addresses_that_lead_in_a_circle_are_refused_at_once(server: Server) -> None:
+    with pytest.raises(
+        RefusedError, match=r"/loop/x\.tar' cannot be read: the server sends from address to address\.$"
+    ):
+        open_images(f"{server.url}/loop/x.tar")
+    assert len(server.requests) < 50
+
+
 def test_a_server_that_stays_away_is_no_file_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PATIENCE", 0.1)
     with pytest.raises(DataError, match=r"'http://127.0.0.1:9/x.tar' cannot be read: Cannot connect to host"):

@@ -40,6 +40,11 @@ class Files(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if self.path.startswith("/loop/"):
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.end_headers()
+            return
         answers = self.trouble.get("first", [])
         if not span and (answer := answers.pop(0) if answers else self.trouble.get("HEAD")):
             self.send_error(answer)
@@ -57,6 +62,11 @@ class Files(BaseHTTPRequestHandler):
         if trouble.isdecimal():
             self.send_error(int(trouble))
             return
+        if trouble.startswith("wait "):
+            self.send_response(429)
+            self.send_header("Retry-After", trouble.removeprefix("wait "))
+            self.end_headers()
+            return
         first, last = 0, whole - 1
         if span and not self.trouble.get("no ranges"):
             first, last = (int(text) for text in span.removeprefix("bytes=").split("-"))
@@ -66,7 +76,10 @@ class Files(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{whole}-{file.stat().st_mtime_ns}"')
+        if self.trouble.get("no ETag"):
+            self.send_header("Last-Modified", self.date_time_string(file.stat().st_mtime))
+        else:
+            self.send_header("ETag", f'"{whole}-{file.stat().st_mtime_ns}"')
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:

@@ -154,6 +154,14 @@ def test_fit__warns_once_of_a_warmup_longer_than_the_training(tmp_path: Path) ->
     assert logged(tmp_path / "long")[-1]["lr"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("kernel", "number"), [("triton", 1), ("sdpa", 0)])
+def test_fit__says_once_that_a_kernel_of_ours_computes_nothing(
+    kernel: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, Toy(), attention=kernel)
+    assert capsys.readouterr().err.count("--attention triton computes nothing here") == number
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_fit__accumulation_equals_the_full_batch(tmp_path: Path, micro: int) -> None:
     full, parts = Toy(), Toy()

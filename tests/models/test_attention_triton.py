@@ -13,7 +13,7 @@ import torch
 _SETUP = """
 import torch
 import torch.nn.functional as F
-from pecobook.engine.attention import trainable_attention
+from pecobook.engine.attention import idle_kernel, trainable_attention
 from pecobook.models import attention_triton
 from pecobook.models.attention_triton import biased_attention
 
@@ -80,6 +80,7 @@ for more in (shared, {{**shared, "use_rel_pos_bias": True}}):
     net = network(**more)
     wanted = gradients(net, images, "sdpa")
     assert not calls
+    assert bool(idle_kernel("triton")) == (more is shared), "before its first use alone"
     for compiled in (False, True):
         assert error(gradients(net, images, "triton", compiled), wanted) < 0.03, (more, compiled)
         assert calls == [(2, 3, 17, 8)] * 6, (calls, "three blocks, forward and backward")

@@ -68,7 +68,8 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> Path:
     preflight.finish()
     named = _named([run for run in runs if run is not None])
     curves = {run.name: run.metrics for run in named}
-    metrics = list(config.metrics) or _chosen(varying_metrics(curves))
+    order = sorted(varying_metrics(curves), key=lambda name: (name != "loss", not name.startswith("evaluation/")))
+    metrics = list(config.metrics) or order[:_MAX_CURVES]
     unknown = [metric for metric in metrics if not any(metric in record for run in named for record in run.metrics)]
     if unknown:
         logged = sorted({name for run in named for record in run.metrics for name in record} - {"step"})
@@ -119,11 +120,6 @@ def _named(runs: list[Run]) -> list[Run]:
         counts[run.name] = counts.get(run.name, 0) + 1
         named.append(run if counts[run.name] == 1 else run._replace(name=f"{run.name} ({counts[run.name]})"))
     return named
-
-
-def _chosen(metrics: list[str]) -> list[str]:
-    """Return the metrics that are drawn: the loss, then those of evaluations, then others."""
-    return sorted(metrics, key=lambda name: (name != "loss", not name.startswith("evaluation/")))[:_MAX_CURVES]
 
 
 def _evaluations(runs: list[Run]) -> Table:

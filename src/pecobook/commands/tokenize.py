@@ -46,7 +46,7 @@ from pecobook.engine.preamble import device_name, show_source
 from pecobook.engine.signals import Signals
 from pecobook.engine.value_range import open_readable
 from pecobook.engine.world import is_leader
-from pecobook.errors import ConfigError, Preflight, RunFolderError
+from pecobook.errors import ConfigError, Preflight, RunFolderError, shown
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.recipes import RECIPES
 from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
@@ -162,7 +162,7 @@ def _preflight(config: TokenizeConfig) -> _Ready:
         "views": config.views,
         "num_images": len(splits.train),
         "num_evaluation_images": len(splits.evaluation),
-        "source": config.data,
+        "source": shown(config.data),
         "precision": precision,
     }
     if config.resume is True or ((config.resume or config.shard) and (Path(config.out) / "config.json").is_file()):

@@ -17,6 +17,7 @@ import os
 import stat
 import struct
 import warnings
+import zlib
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -128,6 +129,8 @@ def _decode(data: bytes, value_range: Range | None, shortest: int) -> Tensor:
                 return from_pillow(image)
             with contextlib.suppress(RuntimeError):
                 return turn(_decode_fast(data, image.format), orientation_of(image))
+        if image.format == "PNG":
+            check_png(data)
         deep = read_deep(image, data)
         if deep is not None:
             return turn(_from_values(deep, value_range), orientation_of(image))
@@ -175,6 +178,19 @@ def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
         image.close()
         raise BadImage(name, f"{width} x {height} is {_too_many(limit)}")
     return image
+
+
+def check_png(data: bytes, name: str = "") -> None:
+    """Raise BadImage if the pixels of a PNG do not have their checksum: Pillow makes pixels of zeros at the end."""
+    start, kind = 8, b""
+    while kind != b"IEND" and start + 8 < len(data):
+        kind, end = data[start + 4 : start + 8], start + 8 + int.from_bytes(data[start : start + 4], "big")
+        stated = data[end : end + 4]
+        if kind == b"IDAT" and len(stated) == 4:
+            found = zlib.crc32(memoryview(data)[start + 4 : end])
+            if found != int.from_bytes(stated, "big"):
+                raise BadImage(name, "damaged: the pixels of the PNG do not have their checksum")
+        start = end + 4
 
 
 def _is_fast(image: Image) -> bool:
@@ -314,10 +330,9 @@ def read_file(path: Path | bytes, name: str = "") -> bytes:
             check_bytes(status.st_size, "")
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (bytes)
             return file.read()
-    except OSError as error:
-        raise BadImage(name or os.fsencode(path).decode(errors="replace"), error.strerror or str(error)) from error
-    except BadImage as error:
-        raise BadImage(name or os.fsencode(path).decode(errors="replace"), error.reason) from None
+    except (OSError, BadImage) as error:
+        reason = error.reason if isinstance(error, BadImage) else error.strerror or str(error)
+        raise BadImage(name or os.fsencode(path).decode(errors="replace"), reason) from None
 
 
 def check_regular(status: os.stat_result, name: str) -> None:

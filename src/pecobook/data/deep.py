@@ -78,7 +78,7 @@ def read_deep(image: Image, data: bytes) -> DeepImage | None:
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     if decoder in ("ppm", "ppm_plain") and isinstance(arguments, tuple) and arguments[1] > 255:
         return _read_ppm(image, data, offset=tile[2], max_value=arguments[1], is_plain=decoder == "ppm_plain")  # type: ignore[index]
-    if image.mode == "F" or image.mode.startswith("I"):
+    if image.mode == "F" or image.mode.startswith("I") or is_signed_byte(image):
         if decoder == "libtiff" and raw_mode in _SWAPPED and sys.byteorder == "little":
             _set_raw_mode(image, _SWAPPED[raw_mode])
         return _read_one_channel(image)
@@ -89,6 +89,11 @@ def read_deep(image: Image, data: bytes) -> DeepImage | None:
     if max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))) > 8:
         raise ValueError("16-bit colours in separate planes are not supported")
     return None
+
+
+def is_signed_byte(image: Image) -> bool:
+    """Return whether a TIFF holds numbers from -128 to 127, of which Pillow takes those below 0 for 128 to 255."""
+    return image.mode == "L" and getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,))
 
 
 def to_8_bits(deep: DeepImage, value_range: ValueRange) -> Pixels:
@@ -189,7 +194,9 @@ def _read_one_channel(image: Image) -> DeepImage:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     natural_range = None
-    if image.mode.startswith("I;16"):
+    if is_signed_byte(image):
+        values = values.view(np.int8)
+    elif image.mode.startswith("I;16"):
         natural_range = FULL_16_BITS
     elif image.mode == "I":
         sample_format = tags.get(_SAMPLE_FORMAT, 1)

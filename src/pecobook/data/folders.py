@@ -23,13 +23,19 @@ import numpy as np
 from pecobook.data.decode import read_file
 from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
 from pecobook.data.mapped import mapped
-from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, VIDEO_EXTENSIONS, masks_among
+from pecobook.data.names import (
+    BESIDE_ITS_IMAGE,
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    is_hidden,
+    masks_among,
+    refuse_folder,
+)
 from pecobook.data.parts import Contents
 from pecobook.data.source import Integers, Note, Store, arrow_binary, arrow_integers
 from pecobook.errors import DataError, some_of
 from pecobook.utils.distributed import made_by_first_rank
 
-_SHADOW_FOLDER = SHADOW_FOLDER.encode()
 _CHUNK = 65_536
 _REMEDIES = {
     "hidden": "; names that begin with a dot are not read, so rename these files or folders",
@@ -277,7 +283,7 @@ def _identity(folder: bytes) -> tuple[int, int]:
     try:
         status = os.stat(folder)  # noqa: PTH116 (bytes)
     except OSError as error:
-        raise DataError(f"The folder '{os.fsdecode(folder)}' cannot be listed: {error.strerror}.") from error
+        refuse_folder(error)
     return status.st_dev, status.st_ino
 
 
@@ -288,7 +294,7 @@ def _entries(folder: bytes, left_out: Counter[str]) -> dict[int, list[bytes]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(b".") or name == _SHADOW_FOLDER:
+                if is_hidden(os.fsdecode(name)):
                     left_out["hidden"] += 1
                 elif entry.is_file(follow_symlinks=False):
                     found[_FILE].append(name)
@@ -300,7 +306,7 @@ def _entries(folder: bytes, left_out: Counter[str]) -> dict[int, list[bytes]]:
                     is_broken = entry.is_symlink() and not Path(os.fsdecode(entry.path)).exists()
                     left_out["broken link" if is_broken else "not a regular file"] += 1
     except OSError as error:
-        raise DataError(f"The folder '{os.fsdecode(folder)}' cannot be listed: {error.strerror}.") from error
+        refuse_folder(error)
     for names in found.values():
         names.sort()
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class DeepTiff(ImageFile.ImageFile):
         page = self._page()
         dtype = page.dtype
         if page.axes != "YX" or dtype is None or dtype.kind not in "iuf":
-            raise SyntaxError("not a TIFF with one channel of numbers")
+            raise ValueError(f"a TIFF of {dtype} {page.shape} is not read: save it as grey or RGB of 8 or 16 bits")
         kind = dtype.kind if dtype.itemsize <= 4 else "f"
         self._layout = ("I;16", "I;16", "<u2") if dtype.str[1:] == "u2" else _TIFF_LAYOUTS[kind]
         self._size, self._mode = (page.imagewidth, page.imagelength), self._layout[0]
@@ -104,6 +105,7 @@ class DeepTiff(ImageFile.ImageFile):
     def _page(self) -> Any:
         import tifffile
 
+        logging.getLogger("tifffile").disabled = True  # it tells of damage, which becomes the reason of a bad image
         assert self.fp is not None
         self.fp.seek(0)
         try:

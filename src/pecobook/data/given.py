@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from pecobook.data.decode import BadImage
 from pecobook.data.folders import FileStore
-from pecobook.data.parts import Contents, Labels, Part
+from pecobook.data.parts import Contents, Labels, Part, distinct_names
 from pecobook.data.source import Integers, Store, hash_some
 from pecobook.errors import DataError, first_line
 
@@ -62,7 +62,9 @@ def _labels(dataset: Any, name: str) -> Labels | None:
         raise DataError(
             f"data={name}: targets must lie from 0 to {len(classes) - 1}: there are {len(classes)} classes."
         )
-    return Labels(codes.astype(np.int64), tuple(map(str, classes)))
+    # torchvision's ImageNet names a class by all its synonyms, and has two of the name "crane".
+    names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in classes]
+    return Labels(codes.astype(np.int64), distinct_names(names))
 
 
 class DatasetStore(Store):

@@ -39,7 +39,7 @@ from pecobook.data.names import (
     split_folders,
     split_of_name,
 )
-from pecobook.data.parts import Labels, Part
+from pecobook.data.parts import Labels, Part, one_form
 from pecobook.data.source import Note, Store
 from pecobook.errors import DataError, some_of
 
@@ -280,14 +280,13 @@ def parts_of(layout: Layout, store: Store, folder_of: npt.NDArray[Any]) -> dict[
         folder_of: the number of the folder of each image.
     """
     parts = {}
+    class_of = [name and one_form(name) for name in layout.class_of]
     for split in sorted(set(layout.split_of) - {""}):
         in_split = [name == split for name in layout.split_of]
         rows = np.flatnonzero(np.array(in_split)[folder_of])
-        names = tuple(
-            sorted({name for name, is_used in zip(layout.class_of, in_split, strict=True) if is_used and name})
-        )
+        names = tuple(sorted({name for name, is_used in zip(class_of, in_split, strict=True) if is_used and name}))
         code_of: dict[str | None, int] = {name: code for code, name in enumerate(names)}
-        codes = np.array([code_of.get(name, -1) for name in layout.class_of], dtype=np.int64)
+        codes = np.array([code_of.get(name, -1) for name in class_of], dtype=np.int64)
         labels = Labels(codes[folder_of[rows]], names) if names else None
         unlabelled = "" if labels else _reason(layout, split, store.identify(int(rows[0])), store.unit)
         parts[split] = Part(store, rows, labels, unlabelled, "lie outside the class folders")

@@ -11,9 +11,13 @@ and lower case do not matter, and "set" may follow: "training_set", "testset". A
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from pecobook.errors import DataError
 
 _JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
 _OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
@@ -46,9 +50,25 @@ _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?:[ _-]?set)?(?![a-z])")
 # A version of a data set may be called "dev", so these words count only in a name without another one.
 _WEAK = frozenset({"dev", "evaluation", "eval"})
-# What macOS adds to a zip archive: a shadow of each file.
-SHADOW_FOLDER = "__MACOSX"
+_NOT_THE_USERS = frozenset(
+    {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
+"""Folders that macOS adds to a zip archive, with a shadow of each file; that network storage adds, with thumbnails; of
+removed files; and of file systems."""
 _ABOUT = frozenset({"", ".txt", ".md", ".pdf", ".html", ".rst"})
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether the name of a file or a folder is not shown to users, or of no file of theirs."""
+    return (name.startswith(".") and name not in (".", "..")) or name in _NOT_THE_USERS
+
+
+def refuse_folder(error: OSError) -> NoReturn:
+    """Raise DataError for a folder that cannot be listed."""
+    raise DataError(
+        f"The folder '{os.fsdecode(error.filename)}' cannot be listed: {error.strerror}. Let this user read it, or "
+        "move it away."
+    ) from error
 
 
 def split_of_name(name: str) -> str | None:
@@ -87,10 +107,10 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
 def inside_wrapper(root: Path) -> Path:
     """Return the folder that an unpacked archive wraps: the only folder of `root`, unless that declares a split.
 
-    Hidden entries, `__MACOSX/` and files about the data, such as a README, do not count.
+    Hidden entries and files about the data, such as a README, do not count.
     """
     while True:
-        entries = [entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.name != SHADOW_FOLDER]
+        entries = [entry for entry in root.iterdir() if not is_hidden(entry.name)]
         folders = [entry for entry in entries if entry.is_dir()]
         others = [entry for entry in entries if entry not in folders and entry.suffix.lower() not in _ABOUT]
         if len(folders) != 1 or others or split_of_name(folders[0].name):

@@ -10,6 +10,8 @@ without labels, and `ImageSource.unlabelled` names the images or the class that 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,6 +176,7 @@ def encode_labels(
     Raises:
         DataError: a value has no name in `names`.
     """
+    values = [one_form(value) if isinstance(value, str) else value for value in values]
     used = np.bincount(numbers + 1, minlength=len(values) + 1)[1:] > 0
     given = [value if is_used and not is_missing(value) else None for value, is_used in zip(values, used, strict=True)]
     distinct = {value for value in given if value is not None}
@@ -218,18 +221,33 @@ def class_names(path: Path) -> tuple[str, ...] | None:
     """Return the names in `classes.txt`, in label order: a name on each line, "id<tab>name" or "label name".
 
     The id of "id<tab>name" is left out if all names differ. A name that stands there twice gets its label behind it.
+    Raises DataError if the file cannot be read.
     """
     if not path.is_file():
         return None
-    lines = [
-        line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()
-    ]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8: save it so"
+        raise DataError(f"'{path}', the names of the classes, cannot be read: {reason}.") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     numbered = sorted((int(match[1]), match[2]) for line in lines if (match := _NUMBERED.fullmatch(line)))
     if [number for number, _ in numbered] == list(range(len(lines))):
         lines = [name for _, name in numbered]
     names = [line.rpartition("\t")[2] for line in lines]
-    names = names if len(set(names)) == len(names) else lines
-    return tuple(f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names))
+    return distinct_names(names if len(set(names)) == len(names) else lines)
+
+
+def one_form(name: str) -> str:
+    """Return the name of a class with its accents as most programs write them: macOS splits them from their letters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of classes in label order, where a name that stands there twice gets its label behind it."""
+    names = list(map(one_form, names))
+    counts = Counter(names)
+    return tuple(f"{name} ({label})" if counts[name] > 1 else name for label, name in enumerate(names))
 
 
 def class_indices(trained: Sequence[str], classes: Sequence[str], classifier: str, data: str) -> list[int]:
@@ -237,7 +255,7 @@ def class_indices(trained: Sequence[str], classes: Sequence[str], classifier: st
 
     Raises ConfigError, which names the classifier and the data, when the classifier does not have a class.
     """
-    index_of = {label: index for index, label in enumerate(trained)}
+    index_of = {one_form(label): index for index, label in enumerate(trained)}
     missing = [label for label in classes if label not in index_of]
     if missing:
         more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""

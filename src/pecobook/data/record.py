@@ -291,8 +291,9 @@ def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Compa
         "changed": (now, new[is_other]),
         "with another time and the same size": (now, new[is_rewritten]),
     }
+    text = partial(bytes.decode, errors="replace")
     differences = tuple(
-        f"{len(numbers):,} {kind} ({some_of((_text(of.names[n]) for n in numbers[:4].tolist()), 3)})"
+        f"{len(numbers):,} {kind} ({some_of((text(of.names[n].as_py()) for n in numbers[:4].tolist()), 3)})"
         for kind, (of, numbers) in groups.items()
         if len(numbers)
     )
@@ -314,10 +315,6 @@ def _in_both(before: Any, now: Any) -> tuple[Integers, Integers]:
 
     place = pc.index_in(now, value_set=before)
     return place.drop_null().to_numpy().astype(np.int64), np.flatnonzero(place.is_valid().to_numpy(False))
-
-
-def _text(name: Any) -> str:
-    return str(name.as_py().decode(errors="replace"))
 
 
 def _mask(count: int, numbers: Iterable[int] | Integers) -> npt.NDArray[np.bool_]:

@@ -17,13 +17,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
+from operator import methodcaller
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
 from pecobook.data.remote_cache import cache_folder, into_cache, locked, read_cached, say_not_kept
-from pecobook.data.remote_refusals import RefusedError, reason_of, refuse, shown
-from pecobook.errors import ConfigError, DataError, first_line
+from pecobook.data.remote_refusals import RefusedError, asked_pause, reason_of, refuse
+from pecobook.errors import ConfigError, DataError, first_line, shown
 
 T = TypeVar("T")
 
@@ -213,9 +213,10 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
             raise
         except Exception as error:  # each library has exceptions of its own for lost connections
             refuse(url, error)
+            pause = max(pause, asked_pause(error))
             if time.monotonic() + pause > end:
                 raise DataError(f"'{shown(url)}' cannot be read: {reason_of(error)}.") from error
-            time.sleep(pause * random.uniform(0.5, 1))  # so that processes do not all come back at once
+            time.sleep(max(pause * random.uniform(0.5, 1), asked_pause(error)))  # so that not all come back at once
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -228,7 +229,8 @@ def _info(url: str) -> dict[str, Any]:
 
 def _version(info: dict[str, Any]) -> str:
     names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "generation", "blob_id")
-    return f"{info['size']} {[str(info[name]) for name in names if info.get(name)]}"
+    found = [str(info[name]) for name in names if info.get(name)]
+    return f"{info['size']} {found or [info[name] for name in ('Last-Modified', 'Content-MD5') if info.get(name)]}"
 
 
 def _fetch(url: str, start: int, stop: int) -> bytes:
@@ -270,7 +272,7 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
         if not is_pattern and url.lower().endswith(_SUFFIXES):
             found.append(url)
             continue
-        paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
+        paths = sorted(_try(url, methodcaller("glob" if is_pattern else "find", url), _TIMEOUT))
         paths = [path.removeprefix(f"{protocol}://").strip("/") for path in paths]
         paths = [path for path in paths if path != url.partition("://")[2].strip("/")]  # an object that marks a folder
         start = "file:///" if protocol == "file" else f"{protocol}://"
@@ -287,10 +289,6 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
         )
         raise DataError(f"--data '{source}' {what}. Single images are not read from other machines: pack them.")
     return used, left_out
-
-
-def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
-    return sorted(system.glob(url) if is_pattern else system.find(url))
 
 
 # --------------------------------------------------------------------------------------------------------------- cache

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
-import re
 
-from pecobook.errors import DataError, first_line
+from pecobook.errors import DataError, first_line, shown
 
-_QUERY = re.compile(r"^(https?://|(?!\w+://)).*?\.(tar|parquet)\?")
-_FINAL = ("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket")
+_FINAL = (
+    *("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket"),
+    "TooManyRedirects",
+)
 """Parts of the names of errors for which another request is of no use."""
 _MAY_PASS = (408, 425, 429)
 """Answers from 400 to 499 of a web server for which another request may be of use."""
@@ -26,31 +27,40 @@ def refuse(url: str, error: Exception) -> None:
         raise RefusedError(f"'{shown(url)}' does not exist.") from None
     if answer == 416:
         raise RefusedError(f"'{shown(url)}' has become shorter since it was opened: start the command again.") from None
-    is_forbidden = isinstance(error, PermissionError) or any(name in type(error).__name__ for name in _FINAL)
+    names = f"{type(error).__name__} {type(error.__cause__).__name__}"
+    is_forbidden = isinstance(error, PermissionError) or any(name in names for name in _FINAL)
     is_wrong = type(error) is ValueError or getattr(error, "errno", 0) in (errno.EINVAL, errno.EPERM)  # S3's 400, 405
     if is_forbidden or is_wrong or (400 <= answer < 500 and answer not in _MAY_PASS):
         remedy = " 'Files on other machines' in docs/data.md says how to give credentials."
+        remedy = "" if "Redirects" in names else remedy
         if answer and "?" in url:
             remedy = " The signature in the address may have expired: give a new address, and continue with --resume."
         raise RefusedError(f"'{shown(url)}' cannot be read: {reason_of(error)}.{remedy}") from error
 
 
-def _answer(error: BaseException) -> int:
-    """Return the number with which a web server answered, 0 for other failures.
-
-    fsspec raises FileNotFoundError for every failure of the first question about a file; the cause says what it was.
-    """
-    return int(getattr(error, "status", 0) or getattr(error.__cause__, "status", 0) or 0)
+def _cause(error: BaseException) -> BaseException:
+    """Return what a server answered: fsspec raises FileNotFoundError for all failures of the first question."""
+    cause = error.__cause__
+    return cause if cause and (isinstance(error, FileNotFoundError) or hasattr(cause, "status")) else error
 
 
 def reason_of(error: BaseException) -> str:
     """Return why a request failed, without a full stop."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    answer = _answer(error)
-    text = f"the server answers {answer} {getattr(cause, 'message', '')}" if answer else first_line(cause)
-    return text.strip().rstrip(".") or type(cause).__name__
+    cause = _cause(error)
+    message, _, _ = str(getattr(cause, "message", "")).partition("\n")
+    text = f"the server answers {answer} {message}" if (answer := _answer(error)) else first_line(cause)
+    if "TooManyRedirects" in type(cause).__name__:
+        text = "the server sends from address to address"
+    wait = asked_pause(error)
+    return (text.strip().rstrip(".:") or type(cause).__name__) + (f", and asks to wait {wait:.0f} s" if wait else "")
 
 
-def shown(address: str) -> str:
-    """Return the address of a file on a web server without what stands behind `?`."""
-    return address.partition("?")[0] if _QUERY.match(address) else address
+def _answer(error: BaseException) -> int:
+    """Return the number with which a web server answered, 0 for other failures."""
+    return int(getattr(_cause(error), "status", 0) or 0)
+
+
+def asked_pause(error: BaseException) -> float:
+    """Return the seconds for which a busy server asks to wait (Retry-After), 0 where it does not say."""
+    stated = str((getattr(_cause(error), "headers", None) or {}).get("Retry-After", ""))
+    return float(stated) if stated.isdecimal() else 0.0

@@ -8,6 +8,7 @@ unpacking nor a shuffle buffer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -29,14 +30,15 @@ from pecobook.data.remote import RemotePath
 from pecobook.data.remote_cache import cache_folder
 from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
-from pecobook.errors import DataError
+from pecobook.errors import DataError, first_line
 from pecobook.utils.distributed import made_by_first_rank
 from pecobook.utils.files import write_atomically
 
-_INDEX_VERSION = 3  # a new number invalidates the cached indices
+_INDEX_VERSION = 4  # a new number invalidates the cached indices
 _MAX_NOTES = 5
 _PART = 2**16  # rows that are hashed at a time
 _THREADS = 8  # remote shards whose headers are read at once
+_SAME_TIME = 2.0  # seconds; some file systems forget the fraction of a second of a file's time
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
@@ -56,6 +58,7 @@ class ShardStore(Store):
         )
         # shard -> file descriptor; pread uses no file position, so forked processes may share the descriptor
         self._open: dict[int, int] = {}
+        self._states: list[Any] = [None if isinstance(shard, RemotePath) else shard.stat() for shard in shards]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -87,16 +90,20 @@ class ShardStore(Store):
         path = self._shards[shard]
         if isinstance(path, RemotePath):
             return path.read_range(offset, size)
-        descriptor = self._open.get(shard)
-        if descriptor is not None:
-            return os.pread(descriptor, size, offset)
-        descriptor = os.open(path, os.O_RDONLY)
-        if len(self._open) < _MAX_OPEN and self._open.setdefault(shard, descriptor) == descriptor:
-            return os.pread(descriptor, size, offset)
+        descriptor, is_kept = self._open.get(shard), True
+        if descriptor is None:
+            descriptor = os.open(path, os.O_RDONLY)
+            is_kept = len(self._open) < _MAX_OPEN and self._open.setdefault(shard, descriptor) == descriptor
         try:
-            return os.pread(descriptor, size, offset)
+            data = os.pread(descriptor, size, offset)
+            before, now = self._states[shard], os.fstat(descriptor)
         finally:
-            os.close(descriptor)
+            if not is_kept:
+                os.close(descriptor)
+        is_other = now.st_size != before.st_size or abs(now.st_mtime - before.st_mtime) > _SAME_TIME
+        if is_other and len(data) == size:
+            raise OSError(errno.ESTALE, "the shard was written since it was opened: start the command again")
+        return data
 
     def files(self, rows: Integers) -> list[bytes]:
         """Return the paths of the shards that hold the rows."""
@@ -188,11 +195,17 @@ def _labels(
 
     Labels are numbers if all of them are, so that "10" is sorted after "9".
     """
+
+    def number(text: str) -> float:
+        if "_" in text:  # which Python takes for a separator of digits
+            raise ValueError
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)  # floats would join large numbers
+
     used = np.unique(numbers[numbers >= 0])
     if not len(used):
         return None, "no .cls or .json member holds a label"
     try:
-        values = {int(place): float(texts[place]) for place in used}
+        values = {int(place): number(texts[place]) for place in used}
     except ValueError:
         return encode_labels(source, numbers, texts), ""
     wrong = first_and_count(numbers, [values.get(place, 0.0) % 1 != 0 for place in range(len(texts))])
@@ -252,9 +265,10 @@ def make_index(source: str, shards: list[Path]) -> Any:
                 found = next(indices)
             except (tarfile.TarError, OSError) as error:
                 threads.shutdown(wait=False, cancel_futures=True)
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else None
+                remedy = "" if reason else "\nShards must be uncompressed .tar files."
                 raise DataError(
-                    f"--data '{source}': '{shard}' cannot be read as a tar file: {error}.\n"
-                    "Shards must be uncompressed .tar files."
+                    f"--data '{source}': '{shard}' cannot be read as a tar file: {reason or first_line(error)}.{remedy}"
                 ) from error
             left_out += found.left_out
             notes += found.notes

@@ -52,8 +52,6 @@ def parquet_contents(source: str, files: list[Path], root: Path | None = None) -
     Raises:
         DataError: a file cannot be read or has no image column.
     """
-    from datasets import Features
-
     names = relative_names(files, root)
     groups, unused = group_by_split(names)
     footers = [_read_footer(source, file) for file in files]
@@ -72,7 +70,7 @@ def parquet_contents(source: str, files: list[Path], root: Path | None = None) -
         rows = [(str(files[number]), footers[number].num_rows) for number in numbers]
         remote = [file for file in split_files if isinstance(file, RemotePath)]
         if remote:
-            _check_images(source, "image", Features.from_arrow_schema(schemas[0])["image"])
+            _check_images(source, "image", _features(source, split_files[0], schemas[0])["image"])
             store: TableStore = RowGroupStore(remote, [footers[number] for number in numbers], "image", identity)
             table: Any = read_columns(remote, columns[1:]) if len(columns) > 1 else None
             parts[split] = _labelled(source, table, store, None, unlabelled)
@@ -91,7 +89,6 @@ def parquet_contents(source: str, files: list[Path], root: Path | None = None) -
 
 def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[list[str], str]:
     """Return the columns that are read, and why there are no labels if there are none."""
-    from datasets import Features
 
     def without_one(column: str) -> int | None:
         """Return the number of the first file that has no such column, or several of them."""
@@ -101,7 +98,7 @@ def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[l
     if wrong is not None:
         raise DataError(_no_image_column(f"{source}' ('{files[wrong].name}')", schemas[wrong].names))
     columns = ["image"] if without_one("split") is not None else ["image", "split"]
-    label = _label_column(Features.from_arrow_schema(schemas[0]))
+    label = _label_column(_features(source, files[0], schemas[0]))
     label = "label" if any("label" in schema.names for schema in schemas) else label
     if label is None:
         return columns, _no_label_column(schemas[0].names)
@@ -110,6 +107,19 @@ def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[l
         reason = f"'{files[wrong]}' does not have one column '{label}' as other files have"
         return columns, Note(reason, "lost labels")
     return [*columns, label], ""
+
+
+def _features(source: str, file: Path, schema: Any) -> Any:
+    """Return what the columns of a file hold. Raises DataError where another version of `datasets` described them."""
+    from datasets import Features
+
+    try:
+        return Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"--data '{source}': what '{file}' says of its columns cannot be read: {_first_line(error)}.\n"
+            "Update `datasets`, or write the file without it (PyArrow's table.replace_schema_metadata())."
+        ) from error
 
 
 def _parts_by_column(part: Part, names: Sequence[Any]) -> tuple[dict[str, Part], dict[str, int]]:

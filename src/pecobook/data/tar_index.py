@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, MASK_ENDINGS, SHADOW_FOLDER, masks_among
+from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, MASK_ENDINGS, is_hidden, masks_among
 from pecobook.data.remote import RemoteReader
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -98,7 +98,7 @@ def _archives(file: IO[bytes], shard: Path, index: ShardIndex) -> Iterator[list[
         name = member.name.encode(errors="surrogateescape").decode(errors="replace")
         if member.isdir():
             continue
-        if name.rpartition("/")[2].startswith(".") or SHADOW_FOLDER in name.split("/"):
+        if any(map(is_hidden, name.split("/"))):
             index.left_out["hidden"] += 1
         elif member.islnk():
             links.append((name, member.linkname))
@@ -290,12 +290,13 @@ def _continues(stem: str, stems: set[str]) -> bool:
 
 
 def _read_label(file: IO[bytes], member: _Member, *, is_json: bool) -> str | None:
-    text = _pread(file, member.size, member.offset).decode(errors="replace").strip("\0 \r\n\t")
+    # Bytes that are no text in UTF-8 stay apart: two names must not become one.
+    text = _pread(file, member.size, member.offset).decode("utf-8-sig", "backslashreplace").strip("\0 \r\n\t")
     if not is_json:
         return text or None
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     label = value.get("label") if isinstance(value, dict) else None
     return str(label) if isinstance(label, (int, float, str)) else None

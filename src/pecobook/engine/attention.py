@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pecobook.settings.training import AttentionKernel
 
+_is_used = False
+
 
 @contextmanager
 def trainable_attention(device: torch.device, kernel: AttentionKernel = "sdpa") -> Iterator[None]:
@@ -39,6 +41,16 @@ def trainable_attention(device: torch.device, kernel: AttentionKernel = "sdpa") 
         yield
 
 
+def idle_kernel(kernel: AttentionKernel) -> str:
+    """Return a warning if `kernel` is ours and has computed nothing yet in this process; an empty text otherwise."""
+    if kernel == "sdpa" or _is_used:
+        return ""
+    return (
+        "Warning: --attention triton computes nothing here, so PyTorch's kernels do. It is for relative positions that "
+        "are learned (BEiT's), up to 256 tokens, on a GPU with Triton and --precision bf16 or fp16."
+    )
+
+
 def _in_fp32(*args: Any, **kwargs: Any) -> Tensor:
     """Replace PyTorch's autocast rule for attention on CPUs, which computes everything in the lower precision."""
     return _attend("cpu", torch.float32 if torch.is_grad_enabled() else torch.get_autocast_dtype("cpu"), args, kwargs)
@@ -54,12 +66,14 @@ def _in_triton(
     **kwargs: Any,
 ) -> Tensor:
     """Replace PyTorch's autocast rule for attention on GPUs where our kernel computes it."""
+    global _is_used
     from pecobook.models.attention_triton import biased_attention, takes
 
     place = query.device.type
     dtype = torch.get_autocast_dtype(place)
     if takes(query, key, value, attn_mask) and not (dropout_p or is_causal or kwargs.get("enable_gqa")):
         assert attn_mask is not None
+        _is_used = True
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         with torch.autocast(place, enabled=False):
             return biased_attention(

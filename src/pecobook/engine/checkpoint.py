@@ -16,11 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from pecobook.errors import RunFolderError, first_line, loading_reason
 from pecobook.utils.checksums import add_checksum, damage
@@ -130,11 +126,7 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, pr
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         set_state_dict(
-            stage,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=options,
+            stage, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
         )
         if precision and state["precision"]:
             precision.load_state_dict(state["precision"])

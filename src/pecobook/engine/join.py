@@ -132,13 +132,7 @@ def _store(world: World, limit: _Limit) -> TCPStore:
         limit.is_alone = False
         try:
             return TCPStore(
-                host,
-                port,
-                world.size,
-                is_master=opens,
-                timeout=_TRY,
-                wait_for_workers=False,
-                multi_tenant=True,
+                host, port, world.size, is_master=opens, timeout=_TRY, wait_for_workers=False, multi_tenant=True
             )
         except RuntimeError as error:  # the first process is not there yet
             if "EADDRINUSE" in str(error):

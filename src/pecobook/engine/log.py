@@ -320,11 +320,12 @@ class Progress:
         """
         if self.quiet:
             return
+        tflops = metrics.get("tflops", 0.0)
         parts = [
             f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
             f"{metrics['images_per_second']:.0f} {self._unit}/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
-            _flops_text(metrics["tflops"]) if "tflops" in metrics else "",
+            f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.3g} GFLOP/s" if tflops else "",
             f"MFU {100 * metrics['mfu']:.0f}%" if "mfu" in metrics else "",
             f"{metrics['gpu_memory']:.1f} GB" if "gpu_memory" in metrics else "",
         ]
@@ -364,10 +365,6 @@ class Progress:
             with contextlib.suppress(OSError):  # the terminal has gone
                 self._bar.stop()
             print_above(None)
-
-
-def _flops_text(tflops: float) -> str:
-    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.3g} GFLOP/s"
 
 
 def compact_duration(seconds: float) -> str:

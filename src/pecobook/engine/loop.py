@@ -21,7 +21,7 @@ from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, load
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import loss_weights, micro_batches
-from pecobook.engine.attention import trainable_attention
+from pecobook.engine.attention import idle_kernel, trainable_attention
 from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.feed import Feed
@@ -185,6 +185,7 @@ class Loop:
                 while step < self.total:
                     stop = self.step_once(step, batches, signals)
                     step += 1
+                    say(idle_kernel(self.config.attention) if step == self.start + 1 else "")
                     if self.on_step is not None:
                         logged = self._logged[1] if self._logged[0] == step else {}
                         self.on_step(Step(step, self.total, self.stage, logged))

@@ -84,10 +84,7 @@ def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
 
 def neighbour_normalisation(path: str) -> Normalisation | None:
     """Return what a configuration beside a file of weights says: of transformers, of timm's hub or of pecobook."""
-    for name, keys in (
-        ("preprocessor_config.json", ("image_mean", "image_std")),
-        ("config.json", ("mean", "std")),
-    ):
+    for name, keys in (("preprocessor_config.json", ("image_mean", "image_std")), ("config.json", ("mean", "std"))):
         content = read_if_valid(Path(path).parent / name, {"pretrained_cfg": OBJECT.or_none}) or {}
         values: list[Any] = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
         if all(map(list_of(NUMBER, 3).holds, values)):

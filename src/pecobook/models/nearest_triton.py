@@ -42,9 +42,7 @@ def _nearest_kernel(  # type: ignore[no-untyped-def]
         for d in range(0, D, BLOCK_D):
             inside = (d + offset) < D
             left = tl.load(
-                z_ptr + row[:, None] * D + (d + offset)[None, :],
-                mask=(row < N)[:, None] & inside[None, :],
-                other=0.0,
+                z_ptr + row[:, None] * D + (d + offset)[None, :], mask=(row < N)[:, None] & inside[None, :], other=0.0
             )  # (BLOCK_N, BLOCK_D)
             right = tl.load(
                 codebook_ptr + column[None, :].to(tl.int64) * D + (d + offset)[:, None],
@@ -109,14 +107,6 @@ def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, 
     # Triton launches kernels on the current device, which can differ from the device of the tensors.
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
         _nearest_kernel[(triton.cdiv(N, settings["BLOCK_N"]),)](
-            z,
-            codebook,
-            half_norms,
-            codes,
-            N,
-            len(codebook),
-            D,
-            INTERPRETED=not z.is_cuda,
-            **settings,
+            z, codebook, half_norms, codes, N, len(codebook), D, INTERPRETED=not z.is_cuda, **settings
         )
     return codes

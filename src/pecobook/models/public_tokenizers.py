@@ -44,7 +44,9 @@ def load_public_model(layout: str, source: str) -> Any:
     state = {name: value for name, value in read_checkpoint(str(file)).state.items() if name.startswith(_PARTS)}
     _check_layout(layout, state, file)
     names = {_in_diffusers(name, state): name for name in state}
-    renamed = {new: _matrix(new, state[old]) for new, old in names.items()}
+    renamed = {new: state[old] for new, old in names.items()}
+    # The kernel of a 1 x 1 convolution of an attention is the matrix of a linear layer.
+    renamed |= {new: kernel[:, :, 0, 0] for new, kernel in renamed.items() if ".to_" in new and kernel.ndim == 4}
     try:
         model = VQModel(**_settings(state))
     except (KeyError, IndexError, ValueError) as error:
@@ -102,11 +104,6 @@ def _in_diffusers(name: str, state: dict[str, Tensor]) -> str:
 def _rest(kind: str, rest: str) -> str:
     head, _, tail = rest.rpartition(".")
     return f"{_ATTENTION.get(head, head)}.{tail}" if kind == "attentions" else rest
-
-
-def _matrix(name: str, value: Tensor) -> Tensor:
-    """Return the kernel of a 1 x 1 convolution of an attention as the matrix of a linear layer."""
-    return value[:, :, 0, 0] if ".to_" in name and value.ndim == 4 else value
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:

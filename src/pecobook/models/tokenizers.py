@@ -13,11 +13,7 @@ from pecobook.errors import WeightsError, first_line
 from pecobook.models.given_networks import GivenTokenizer
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.public_tokenizers import LAYOUTS, load_public_model
-from pecobook.models.tokenizer import (
-    TRAINING_ONLY_BUFFERS,
-    ForeignTokenizer,
-    PerceptualTokenizer,
-)
+from pecobook.models.tokenizer import TRAINING_ONLY_BUFFERS, ForeignTokenizer, PerceptualTokenizer
 from pecobook.utils.given import given
 from pecobook.utils.images import as_images
 

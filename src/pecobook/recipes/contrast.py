@@ -14,20 +14,15 @@ def tiny() -> ContrastConfig:
 
     Command: pecobook contrast tiny --data photos --out runs/contrast
     """
-    return ContrastConfig(
+    return dataclasses.replace(
+        cifar10(),
         batch_size=128,
         max_steps="200",
-        image_size=32,
         save_every=100,
         sample_every=200,
         optim=BaseOptimConfig(lr=2e-3, warmup="10%", weight_decay=1e-4),
-        min_crop=0.2,
-        model=BackboneConfig(
-            name="resnet10t", args='{"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 8}'
-        ),
         hidden_dim=512,
         output_dim=64,
-        blur=(0.0, 0.0),
     )
 
 

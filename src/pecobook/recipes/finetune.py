@@ -9,13 +9,7 @@ from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.images import ClipConfig
 from pecobook.settings.training import OptimConfig
 
-PLAIN: dict[str, Any] = {
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "random_erasing": 0.0,
-    "rand_augment": "",
-    "label_smoothing": 0.0,
-}
+PLAIN: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": "", "label_smoothing": 0.0}
 """Settings of a fine-tuning that changes images by crops and flips alone, and labels not at all."""
 
 
@@ -26,19 +20,7 @@ def tiny() -> FinetuneConfig:
     Result: on CIFAR-10, three seeds: 29.4% from random weights, 30.0 to 30.8% from ViTs that `pretrain tiny` trained
         for 300 steps on different targets (docs/results.md).
     """
-    return FinetuneConfig(
-        batch_size=128,
-        max_steps="200",
-        image_size=32,
-        save_every=100,
-        sample_every=200,
-        optim=OptimConfig(lr=1e-3, warmup="10%", layer_decay=0.75),
-        min_crop=0.3,
-        drop_path=0.0,
-        mixup=0.2,
-        rand_augment="rand-m5-mstd0.5-inc1",
-        eval_crop=1.0,
-    )
+    return dataclasses.replace(cifar10(), batch_size=128, max_steps="200", save_every=100, sample_every=200)
 
 
 def tiny_video() -> FinetuneConfig:

@@ -14,20 +14,7 @@ def tiny() -> PretrainConfig:
 
     Command: pecobook pretrain tiny --data photos --tokenizer runs/codebook --out runs/vit
     """
-    return PretrainConfig(
-        batch_size=128,
-        max_steps="200",
-        image_size=32,
-        save_every=100,
-        sample_every=200,
-        optim=BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10%", clip_grad=3.0),
-        model=BackboneConfig(
-            name="vit_tiny_patch16_224",
-            args='{"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, "init_values": 0.1}',
-        ),
-        drop_path=0.0,
-        mask=MaskConfig(num_masked=6, min_block=2),
-    )
+    return dataclasses.replace(cifar10(), batch_size=128, max_steps="200", save_every=100, sample_every=200)
 
 
 def cifar10() -> PretrainConfig:

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from pecobook.errors import shown
 from pecobook.settings.config_files import without_retired
 from pecobook.settings.values import flag
 
@@ -13,7 +14,7 @@ from pecobook.settings.values import flag
 FREE_ON_RESUME = frozenset(
     {
         *("out", "resume", "overwrite", "dry_run", "verify_data", "accept_data_change"),
-        *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
+        *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile", "compile_mode", "attention"),
         *(f"tracking.{name}" for name in ("project", "entity", "group", "tags", "offline")),
         *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
         *("evaluation_images", "knn_images", "pyramid.checkpointing", "probe_data", "probe_every", "probe_images"),
@@ -46,6 +47,11 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
         before, after, full = old.get(name), new.get(name), prefix + name
         if isinstance(before, dict) and isinstance(after, dict):
             lines += changed_settings(before, after, f"{full}.")
-        elif before != after and full not in FREE_ON_RESUME and not _same_file(before, after):
+        elif _lasting(before) != _lasting(after) and full not in FREE_ON_RESUME and not _same_file(before, after):
             lines.append(f"{flag(full)}: {before} -> {after}")
     return lines
+
+
+def _lasting(value: Any) -> Any:
+    """Return a setting without the signature of an address, which expires before a run ends."""
+    return shown(value) if isinstance(value, str) else value

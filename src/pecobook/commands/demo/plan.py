@@ -59,15 +59,12 @@ def plan(config: DemoConfig) -> dict[str, Job]:
     # In this order, two processes are busy until the end: one trains the feature network while the other one trains the
     # pixel codebook and its ViT.
     order = ("contrast", "codebook-pixel", "vit-pixel", "codebook-perceptual", "codebook-control", "vit-perceptual")
-    return {name: dataclasses.replace(jobs[name], work=_work(jobs[name])) for name in order}
+    sizes = {name: int(job.config.max_steps) * int(job.config.batch_size) for name, job in jobs.items()}
+    return {name: dataclasses.replace(jobs[name], work=_COST[jobs[name].command] * sizes[name]) for name in order}
 
 
 # Relative cost of one image, measured on one core with the sizes of the CPU budget.
 _COST = {"contrast": 1.0, "codebook": 4.4, "pretrain": 1.6}
-
-
-def _work(job: Job) -> float:
-    return _COST[job.command] * int(job.config.max_steps) * int(job.config.batch_size)
 
 
 def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:

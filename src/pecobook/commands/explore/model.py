@@ -111,12 +111,7 @@ class _Examples:
 
 
 def indexed(
-    name: str,
-    tokenizer: Any,
-    source: ImageSource,
-    rows: NDArray[np.int64],
-    codes: NDArray[np.int32],
-    examples: Tensor,
+    name: str, tokenizer: Any, source: ImageSource, rows: NDArray[np.int64], codes: NDArray[np.int32], examples: Tensor
 ) -> IndexedTokenizer:
     """Count the codes int32 (N, h, w) of the images `rows` of the source."""
     found = occurrences(codes, tokenizer.num_codewords)

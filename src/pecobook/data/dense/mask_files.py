@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pecobook.data.decode import BadImage, open_image, orientation_of
+from pecobook.data.decode import BadImage, check_png, open_image, orientation_of
+from pecobook.data.deep import is_signed_byte
 from pecobook.errors import first_line, loading_reason
 
 UNLISTED = 65_536
@@ -93,13 +94,16 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
     if picture.format == "TIFF" and picture.tag_v2.get(262) == 0:  # Pillow inverts the numbers, other programs do not
         raise InvalidMask(name, "is a TIFF whose 0 is white, so that its numbers are unclear: save it as PNG")
     top = _top(picture, depth)
+    if picture.format == "PNG":
+        check_png(data, name)
     picture.load()
     palette = tuple(picture.getpalette("RGB") or ()) if picture.mode == "P" else None
     if orientation_of(picture) > 1:
         ImageOps.exif_transpose(picture, in_place=True)
     shown = np.asarray(picture.convert("RGB")) if colours else np.zeros((picture.height, picture.width, 0), np.uint8)
     if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
-        numbers = np.asarray(picture).astype(np.int64)
+        array = np.asarray(picture)
+        numbers = (array.view(np.int8) if is_signed_byte(picture) else array).astype(np.int64)
         if top not in (1, 255) and picture.mode != "P":  # Pillow has stretched them
             numbers = np.rint(numbers * top / (255 if picture.mode == "L" else 65_535)).astype(np.int64)
     elif picture.mode == "F":

@@ -17,7 +17,15 @@ from pathlib import Path, PurePath
 from typing import TypeAlias
 from unicodedata import normalize
 
-from pecobook.data.names import IMAGE_EXTENSIONS, IMAGE_FOLDERS, MASK_FOLDERS, SPLIT_WORDS, split_of_name
+from pecobook.data.names import (
+    IMAGE_EXTENSIONS,
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    SPLIT_WORDS,
+    is_hidden,
+    refuse_folder,
+    split_of_name,
+)
 from pecobook.errors import DataError, listed
 
 _KindOf: TypeAlias = Callable[[tuple[str, ...]], tuple[str, tuple[str, ...]]]
@@ -147,8 +155,8 @@ def _folders(root: Path) -> list[tuple[tuple[str, ...], list[str]]]:
     """List the folders below a root and their files. Links to folders are followed; each folder is visited once."""
     folders = []
     visited: set[str] = set()
-    for top, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", "ImageSets")))
+    for top, subfolders, names in os.walk(root, onerror=refuse_folder, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not (is_hidden(name) or name.startswith("ImageSets")))
         real_path = os.path.realpath(top)
         if real_path in visited:
             subfolders.clear()  # a link to a folder that was visited already

@@ -178,14 +178,7 @@ _TRIES = 10
 
 
 def segmentation_view(
-    image: Tensor,
-    mask: Tensor,
-    view_key: int,
-    *,
-    size: int,
-    most: int,
-    scales: tuple[float, float],
-    max_share: float,
+    image: Tensor, mask: Tensor, view_key: int, *, size: int, most: int, scales: tuple[float, float], max_share: float
 ) -> dict[str, Tensor]:
     """A square of an image and of its mask.
 
