@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import pickletools
 import re
 import sys
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, loading_reason
 from pecobook.models.huggingface import from_huggingface, is_huggingface
+from pecobook.models.pickles import load_tensors
 from pecobook.utils.checksums import damage
 
 # Dictionaries of weights in the files of training scripts; of several, the first one here is taken. Moving averages and
@@ -46,13 +43,6 @@ _NO_WEIGHTS = {
     b"<": "a page of text, not a file of weights: download it again",
 }
 
-# Python modules whose objects training scripts save beside the weights, or in a network: settings, numbers, devices.
-# They are not built.
-_SETTINGS_MODULES = (
-    *("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections"),
-    *("torch", "functools", "collections", "timm", "torchvision", "transformers", "lightning", "pytorch_lightning"),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -64,57 +54,6 @@ class Checkpoint:
     """Keys of the dictionaries that contain the weights, from the outermost one; empty if the file is the state."""
     left_aside: tuple[str, ...] = ()
     """Other keys beside the weights, such as `optimizer` and `epoch`."""
-
-
-class _Unread:
-    """Stands in a file for an object of any class, which is not built; of a network the weights are kept.
-
-    A pickled network is a tree of objects that hold `_parameters`, `_buffers` and `_modules`.
-    """
-
-    own: Mapping[str, Any] = MappingProxyType({})
-    parts: Mapping[str, Any] = MappingProxyType({})
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
-            computed = state.get("_non_persistent_buffers_set", ())  # such as tables of indices
-            self.own = {name: value for name, value in own.items() if name not in computed}
-            self.parts = state.get("_modules", {})
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the weights under the names of a state dict."""
-        found = {name: value for name, value in self.own.items() if isinstance(value, Tensor)}
-        for name, part in self.parts.items():
-            if isinstance(part, _Unread):
-                found |= {f"{name}.{key}": value for key, value in part.weights().items()}
-        return found
-
-
-class _UnreadSettings(_Unread):
-    """Stands for an object of `_SETTINGS_MODULES`, which files build by a call; other calls refuse the file."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-class _UnreadCall(_Unread):
-    def __init__(self, *_: Any, **__: Any) -> None:
-        raise WeightsError(f"it calls {type(self).__name__}")
-
-
-def _stub(name: str) -> Any:
-    """Return a class of its own for a name in a file, since torch finds the name by the class."""
-    if name == "builtins.set":
-        return set, name
-    harmless = name.split(".")[0] in _SETTINGS_MODULES
-    return type(name, (_UnreadSettings if harmless else _UnreadCall,), {}), name
-
-
-def _with_weights(content: Any) -> Any:
-    """Return the content of a file with the weights of each network instead of the network."""
-    if isinstance(content, _Unread):
-        return content.weights()
-    return {name: _with_weights(value) for name, value in content.items()} if isinstance(content, dict) else content
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -151,7 +90,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"'{path}' cannot be read as safetensors: {error}") from None
     try:
-        content = _load_tensors(file)
+        content = load_tensors(file)
     except Exception as error:  # a damaged file can raise any exception
         raise WeightsError(
             f"'{path}' is not a plain file of weights ({loading_reason(error)}); pecobook runs no code from a file.\n"
@@ -173,29 +112,6 @@ def read_checkpoint(path: str) -> Checkpoint:
     left += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     state = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     return Checkpoint(state, tuple(wrapper), tuple(left))
-
-
-def _load_tensors(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:
-        names = _names_of_objects(file)
-        if not names:
-            raise
-        with torch.serialization.safe_globals([_stub(name) for name in names]):
-            return _with_weights(torch.load(file, map_location="cpu", weights_only=True))
-
-
-def _names_of_objects(file: Path) -> Collection[str]:
-    """Return the names of all classes and functions in a file of torch.save; none for another file."""
-    if zipfile.is_zipfile(file):
-        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    names = set[str]()
-    with contextlib.suppress(ValueError), file.open("rb") as opened:  # before PyTorch 1.6: four pickles, then numbers
-        for _ in range(4):
-            parts = pickletools.genops(opened)
-            names |= {str(name).replace(" ", ".") for kind, name, _ in parts if kind.name == "GLOBAL"}
-    return names
 
 
 def _inner(content: dict[Any, Any]) -> str | None:
