@@ -252,11 +252,17 @@ def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tup
     Returns:
         images uint8 (N, C, size, size), labels int64 (N,) or None, and what could not be read.
     """
-    batches = [batch for _, batch in central_crops(source, size, limit=limit)]
-    skipped = [name for batch in batches for name in batch["skipped"]]
-    whole = [batch for batch in batches if "image" in batch]
-    labels = torch.cat([batch["label"] for batch in whole]) if source.labels is not None else None
-    return torch.cat([batch["image"] for batch in whole]), labels, skipped
+    images, labels, skipped, count = torch.empty(0), list[Tensor](), list[str](), 0
+    for _, batch in central_crops(source, size, limit=limit):
+        skipped += batch["skipped"]
+        if "image" in batch:
+            read = batch["image"]
+            if not count:  # room for all from the start: joined at the end, they would be there twice
+                images = read.new_empty(min(limit or len(source), len(source)), *read.shape[1:])
+            images[count : count + len(read)] = read
+            labels += [batch["label"]] if source.labels is not None else []
+            count += len(read)
+    return images[:count], torch.cat(labels) if labels else None, skipped
 
 
 # --------------------------------------------------------------------------------------------- all views of every image
