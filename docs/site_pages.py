@@ -200,12 +200,12 @@ def api_page() -> str:
         "examples.",
     ]
     members = f"\n    options:\n      inherited_members: true\n      members: [{', '.join(_MEMBERS)}]"
-    text += [f"::: pecobook.{pecobook._HOMES[name]}.{name}{members}" for name in sorted(names, key=str.lower)]
+    text += [f"::: {pecobook._home(name)}.{name}{members}" for name in sorted(names, key=str.lower)]
     text += [
         "## The commands as functions",
         "Each command is a function of the same name whose keywords are the flags of the [command](settings.md).",
     ]
-    text += [f"::: pecobook.{pecobook._HOMES[name]}.{name}" for name in pecobook.__all__ if name in COMMANDS]
+    text += [f"::: {pecobook._home(name)}.{name}" for name in pecobook.__all__ if name in COMMANDS]
     return "\n\n".join(text) + "\n"
 
 

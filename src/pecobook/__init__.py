@@ -42,11 +42,10 @@ if sys.platform == "darwin":  # before torch is imported: what Apple's GPUs lack
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __all__ = ["Backbone", "Classifier", "ClipClassifier", "Detector", "MaskedImageModel", "PecobookError"]
-__all__ += ["PerceptualDistance"]
-__all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
-__all__ += ["codebook", "compare", "contrast", "demo", "detect", "embed", "evaluate", "explore", "export"]
-__all__ += ["finetune", "load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "push", "read_clip"]
-__all__ += ["read_image", "reproduce", "segment", "tokenize"]
+__all__ += ["PerceptualDistance", "PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench"]
+__all__ += ["blockwise_mask", "check", "codebook", "compare", "contrast", "demo", "detect", "embed", "evaluate"]
+__all__ += ["explore", "export", "finetune", "load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe"]
+__all__ += ["push", "read_clip", "read_image", "reproduce", "segment", "tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
 # The modules of the names that are not commands; a command is the function of the same name in `pecobook.commands`.
@@ -77,7 +76,12 @@ def __getattr__(name: str) -> Any:
         return version("pecobook")
     if name not in __all__:
         raise AttributeError(f"module 'pecobook' has no attribute '{name}'")
-    return getattr(import_module(f"pecobook.{_HOMES.get(name, f'commands.{name}')}"), name)
+    return getattr(import_module(_home(name)), name)
+
+
+def _home(name: str) -> str:
+    """Return the module of a public name."""
+    return f"pecobook.{_HOMES.get(name, f'commands.{name}')}"
 
 
 def __dir__() -> list[str]:
