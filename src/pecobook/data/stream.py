@@ -87,7 +87,7 @@ class Stream(Dataset[dict[str, Any]]):
             if self.source.labels is not None:
                 sample["label"] = torch.tensor(int(self.source.labels[index]))
             return {**sample, "replaced": torch.tensor(bool(skipped)), "skipped": skipped}
-        raise DataError(f"{len(skipped)} images in a row cannot be read, the last is {skipped[-1]}.")
+        raise DataError(f"{len(skipped)} {self.source.unit} in a row cannot be read, the last is {skipped[-1]}.")
 
     def views(self, index: int, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Returns the views `numbers` of image `index`, which is read once. Raises BadImage."""
