@@ -344,7 +344,8 @@ class Plan:
 def num_views(epochs: float) -> int:
     """Return the number of views of a token bank for a pre-training of this length; 0 where a bank saves too little.
 
-    A view for 20 epochs, but at least 4, which cost nothing that could be measured in 19 epochs (docs/results.md).
+    A view for 20 epochs, but at least 4. In 300 epochs 16 views cost nothing that could be measured, 4 views did
+    (docs/results/transfer.md).
     """
     views = max(4, round(epochs / 20))
     return views if epochs >= 2 * views else 0
