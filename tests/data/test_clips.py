@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 
 from pecobook import read_clip
+from pecobook.data import mapped
 from pecobook.data.clips import central_crops, find_clips, frame_numbers, notes_on_frames, open_clips, random_clip
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.record import compare, take
-from pecobook.data.summary import describe
+from pecobook.data.source import ImageSource
+from pecobook.data.summary import describe, look
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
 from pecobook.settings.images import ClipConfig
@@ -79,6 +81,39 @@ def test_record__sees_every_frame(tmp_path: Path) -> None:
     frame.unlink()
     assert str(compare(before, take(open_clips(str(root))))) == "1 removed (train/receding/clip1/0.png)"
     assert open_clips(str(root)).train.fingerprint != digest
+
+
+def test_look__a_middle_frame_in_common_makes_no_equal_clips(tmp_path: Path) -> None:
+    for number, last in enumerate((9, 9, 8)):
+        write_frames(tmp_path / str(number), np.full((3, 8, 8, 3), [[[[1]]], [[[2]]], [[[last]]]], np.uint8))
+    clips = ImageSource(find_clips(tmp_path)[0], name=str(tmp_path), split="train")
+    first, same, other = (look(clips, number, whole=True).digest for number in range(3))
+    assert first == same != other
+
+
+def test_clips__of_mapped_columns_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(write_moving(tmp_path, train=3, held_out=2))
+    held = open_clips(root).train
+    monkeypatch.setenv("PECOBOOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mapped, "LEAST_BYTES", 1)
+    monkeypatch.setattr(mapped, "_MOUNTS", Path("/nowhere"))  # the tests themselves may run in memory
+    columns: list[int] = []
+    monkeypatch.setattr(mapped, "_file", lambda *given, make=mapped._file: columns.append(given[1]) or make(*given))
+    clips = open_clips(root).train
+    starts, frames = (11 * 8, 10 * 4 * len("train/receding/clip1/0.png"))
+    assert starts in columns
+    assert any(size >= frames for size in columns)
+    assert clips.fingerprint == held.fingerprint
+    assert torch.equal(clips.read(5), held.read(5))
+
+
+def test_find_clips__the_frames_of_the_current_folder_have_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_frames(tmp_path, moving_square(0, 0))
+    monkeypatch.chdir(tmp_path)
+    clips, _, _ = find_clips(Path())
+    assert (clips.identify(0), len(clips.frames(0) or ())) == (".", 4)
 
 
 def test_open_clips__takes_any_name_links_and_hidden_files(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pecobook.data.deep import ValueRange
 from pecobook.data.folders import FileStore, Listing, walk
 from pecobook.data.images import check_labels
 from pecobook.data.layout import Folder, count_unused, parts_of, read_layout
+from pecobook.data.mapped import mapped
 from pecobook.data.names import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from pecobook.data.parts import Contents, assemble
 from pecobook.data.sampler import key, uniform
@@ -64,7 +65,8 @@ class ClipStore(FileStore):
         config: ClipConfig | None = None,
     ) -> None:
         super().__init__(root, paths)
-        self._starts, self._frames, self._config = starts, frames, config
+        self._starts = None if starts is None else mapped(starts)
+        self._frames, self._config = None if frames is None else mapped(frames), config
 
     def frames(self, row: int) -> list[bytes] | None:
         """Return the paths of the frames of a clip, in the order of their numbers; None for a video."""
@@ -120,7 +122,7 @@ class ClipStore(FileStore):
 
     def identify(self, row: int) -> str:
         """Return the path of the video, or of the folder of frames."""
-        path = (self._prefix + self._paths[row].as_py()).rstrip(b"/")
+        path = (self._prefix + self._paths[row].as_py()).rstrip(b"/") or b"."
         return str(path.decode(errors="replace"))
 
     def _names(self, rows: Integers) -> Iterator[list[bytes]]:

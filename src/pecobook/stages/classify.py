@@ -260,9 +260,9 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
         mean=config.mean,
         std=config.std,
     )
-    for frames in kind_of(config).frames:
+    if config.clip.frames:
         with refusing(backbone.name, "read clips", "Choose a ViT or a BEiT."):
-            backbone.network = ClipNetwork(backbone.network, frames)
+            backbone.network = ClipNetwork(backbone.network, config.clip.frames)
     return backbone
 
 
