@@ -66,7 +66,8 @@ class ClipStore(FileStore):
     ) -> None:
         super().__init__(root, paths)
         self._starts = None if starts is None else mapped(starts)
-        self._frames, self._config = None if frames is None else mapped(frames), config
+        self._frames: Any = None if frames is None else mapped(frames)
+        self._config = config
 
     def frames(self, row: int) -> list[bytes] | None:
         """Return the paths of the frames of a clip, in the order of their numbers; None for a video."""
@@ -85,10 +86,10 @@ class ClipStore(FileStore):
         return None if frames is None else Path(os.fsdecode(frames[len(frames) // 2]))
 
     def read(self, row: int, shortest: int = 0) -> Tensor:
-        """Read the frames of evaluation, uint8 (T, 3, H, W), or the middle frame (3, H, W) of a clip with sound ends.
+        """Read the frames of evaluation, uint8 (T, 3, H, W), or without `config` the middle frame (3, H, W).
 
         Raises:
-            BadImage: one of the frames cannot be read, or without `config` the first or the last one.
+            BadImage: one of the frames cannot be read, without `config` also the first or the last one.
         """
         clip, config = self.clip(row, shortest), self._config
         if config is not None:
