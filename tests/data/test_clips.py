@@ -22,12 +22,13 @@ from pecobook.data.clips import central_crops, find_clips, frame_numbers, notes_
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.record import compare, take
-from pecobook.data.source import ImageSource
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.summary import describe, look
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
 from pecobook.settings.images import ClipConfig
 from pecobook.utils import extras
+from pecobook.utils.distributed import sharing
 from tests.clips import moving_square, write_frames, write_moving
 
 STRIDE = ClipConfig(frames=8, stride=32)
@@ -278,6 +279,21 @@ def test_open_clips__refuses_what_holds_no_clips_or_no_classes(tmp_path: Path) -
         write_frames(tmp_path / label, moving_square(0, 0))
     with pytest.raises(DataError, match=r"2 folders of images are taken for clips, without classes"):
         open_clips(str(tmp_path))
+
+
+@pytest.mark.parametrize("open_", [open_clips, open_images])
+def test_open__twice_from_one_listing_counts_what_is_left_out_once(
+    open_: Callable[[str], Splits], tmp_path: Path
+) -> None:
+    root = write_moving(tmp_path / "set", train=2, held_out=1)
+    (root / "train" / "receding" / "empty").mkdir()
+    pq.write_table(pa.table({"a": [1]}), root / "x.parquet")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    with sharing(str(lists)):
+        first, second = open_(str(root)), open_(str(root))
+    assert first.left_out == second.left_out
+    assert set(first.left_out.values()) == {1}
 
 
 def test_open_clips__counts_empty_folders_and_skips_bad_frames(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,11 +196,10 @@ def find_clips(root: Path, config: ClipConfig | None = None) -> tuple[ClipStore,
         )
     counts = np.bincount(images.group_of, minlength=len(images.groups))
     paths = arrow_binary([os.fsencode("/".join(group)) for group in images.groups])
-    if empty := [group for group in images.without_images if group]:
-        images.left_out["folder without a frame"] += len(empty)
+    empty = Counter({"folder without a frame": sum(map(bool, images.without_images))})
     starts = np.concatenate(([0], np.cumsum(counts)))
     store = ClipStore(root, paths, starts, pa.chunked_array(images.chunks), config)
-    return store, [group[:-1] for group in images.groups], images.left_out
+    return store, [group[:-1] for group in images.groups], images.left_out + empty
 
 
 def _listed(root: Path, extensions: Sequence[str]) -> Listing:
