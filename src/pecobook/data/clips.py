@@ -111,10 +111,7 @@ class ClipStore(FileStore):
             chosen = [frames[number] for number in choose(len(frames))]
             decoded = {
                 path: decode(
-                    read_file(path),
-                    name=os.fsencode(path).decode(errors="replace"),
-                    value_range=self.value_range,
-                    shortest=shortest,
+                    read_file(path), name=path.decode(errors="replace"), value_range=self.value_range, shortest=shortest
                 )
                 for path in dict.fromkeys(chosen)
             }
@@ -324,12 +321,7 @@ def central_crops(frames: Tensor, config: ClipConfig, size: int, share: float = 
 
 
 def read_clip(
-    path: str | Path,
-    config: ClipConfig,
-    size: int,
-    *,
-    crop: float = 1.0,
-    value_range: RangeSetting = AUTO,
+    path: str | Path, config: ClipConfig, size: int, *, crop: float = 1.0, value_range: RangeSetting = AUTO
 ) -> Tensor:
     """Read the clip of a video file, or of a folder of frames, as a classifier of clips reads it in evaluation.
 

@@ -48,7 +48,7 @@ class ClassifierWriter:
 
     kind: type[Classifier] = Classifier
     unit = "images"
-    view = staticmethod(central_view)
+    view: Any = staticmethod(central_view)
     """The view of the evaluation in the training, which says how far large images may be reduced."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
