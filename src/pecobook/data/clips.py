@@ -241,12 +241,11 @@ def notes_on_frames(images: ImageSource) -> tuple[str, ...]:
 
 def _holds_frames(folder: Path) -> bool:
     """Return whether a folder holds no other folder, and images of one name with all numbers from 0 or 1 on."""
-    entries = sorted((os.fsencode(entry.name) for entry in folder.iterdir()), key=_numbered)
-    parts = [re.fullmatch(rb"(.*?)(\d+)\.(\w+)", name) for name in entries if not name.startswith(b".")]
-    matches = [match for match in parts if match is not None]
-    if not len(parts) == len(matches) >= _FEWEST_FRAMES or len({(match[1], match[3]) for match in matches}) > 1:
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    matches = [match for name in names if (match := re.fullmatch(r"(.*?)([0-9]+)\.(\w+)", name))]
+    if not len(names) == len(matches) >= _FEWEST_FRAMES or len({(match[1], match[3]) for match in matches}) > 1:
         return False
-    numbers = [int(match[2]) for match in matches]
+    numbers = sorted(int(match[2]) for match in matches)
     return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
