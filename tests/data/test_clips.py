@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +17,18 @@ import torch
 from PIL import Image
 
 from pecobook import read_clip
+from pecobook.data import mapped
 from pecobook.data.clips import central_crops, find_clips, frame_numbers, notes_on_frames, open_clips, random_clip
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.record import compare, take
-from pecobook.data.summary import describe
+from pecobook.data.source import ImageSource, Splits
+from pecobook.data.summary import describe, look
 from pecobook.data.views import random_crop
 from pecobook.errors import ConfigError, DataError
 from pecobook.settings.images import ClipConfig
 from pecobook.utils import extras
+from pecobook.utils.distributed import sharing
 from tests.clips import moving_square, write_frames, write_moving
 
 STRIDE = ClipConfig(frames=8, stride=32)
@@ -79,6 +84,43 @@ def test_record__sees_every_frame(tmp_path: Path) -> None:
     frame.unlink()
     assert str(compare(before, take(open_clips(str(root))))) == "1 removed (train/receding/clip1/0.png)"
     assert open_clips(str(root)).train.fingerprint != digest
+
+
+def test_look__a_middle_frame_in_common_makes_no_equal_clips(tmp_path: Path) -> None:
+    for number, last in enumerate((9, 9, 8)):
+        write_frames(tmp_path / str(number), np.full((3, 8, 8, 3), [[[[1]]], [[[2]]], [[[last]]]], np.uint8))
+    clips = ImageSource(find_clips(tmp_path)[0], name=str(tmp_path), split="train")
+    first, same, other = (look(clips, number, whole=True).digest for number in range(3))
+    assert first == same != other
+
+
+def test_clips__of_mapped_columns_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(write_moving(tmp_path, train=3, held_out=2))
+    held = open_clips(root).train
+    monkeypatch.setenv("PECOBOOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mapped, "LEAST_BYTES", 1)
+    monkeypatch.setattr(mapped, "_MOUNTS", Path("/nowhere"))  # the tests themselves may run in memory
+    columns, make = list[int](), mapped._file
+
+    def noted(folder: Path, size: int, write: Callable[[IO[bytes]], object]) -> object:
+        columns.append(size)
+        return make(folder, size, write)
+
+    monkeypatch.setattr(mapped, "_file", noted)
+    clips = open_clips(root).train
+    assert 11 * 8 in columns  # where the frames of each clip begin
+    assert max(columns) >= 40 * len("val/receding/clip1/0.png")
+    assert clips.fingerprint == held.fingerprint
+    assert torch.equal(clips.read(5), held.read(5))
+
+
+def test_find_clips__the_frames_of_the_current_folder_have_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_frames(tmp_path, moving_square(0, 0))
+    monkeypatch.chdir(tmp_path)
+    clips, _, _ = find_clips(Path())
+    assert (clips.identify(0), len(clips.frames(0) or ())) == (".", 4)
 
 
 def test_open_clips__takes_any_name_links_and_hidden_files(tmp_path: Path) -> None:
@@ -237,6 +279,21 @@ def test_open_clips__refuses_what_holds_no_clips_or_no_classes(tmp_path: Path) -
         write_frames(tmp_path / label, moving_square(0, 0))
     with pytest.raises(DataError, match=r"2 folders of images are taken for clips, without classes"):
         open_clips(str(tmp_path))
+
+
+@pytest.mark.parametrize("open_", [open_clips, open_images])
+def test_open__twice_from_one_listing_counts_what_is_left_out_once(
+    open_: Callable[[str], Splits], tmp_path: Path
+) -> None:
+    root = write_moving(tmp_path / "set", train=2, held_out=1)
+    (root / "train" / "receding" / "empty").mkdir()
+    pq.write_table(pa.table({"a": [1]}), root / "x.parquet")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    with sharing(str(lists)):
+        first, second = open_(str(root)), open_(str(root))
+    assert first.left_out == second.left_out
+    assert set(first.left_out.values()) == {1}
 
 
 def test_open_clips__counts_empty_folders_and_skips_bad_frames(tmp_path: Path) -> None:

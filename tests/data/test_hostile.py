@@ -200,6 +200,15 @@ def test_two_classes_of_one_name_stay_two() -> None:
     assert splits.evaluation.labels.tolist() == list(Cranes.targets)
 
 
+def test_the_names_of_a_class_label_are_found_however_their_accents_are_written(tmp_path: Path) -> None:
+    feature = {"label": {"_type": "ClassLabel", "names": ["b", SPLIT]}}
+    table = pa.table({"image": [png(1)] * 4, "label": [0, 1] * 2})
+    described = {b"huggingface": json.dumps({"info": {"features": feature}}).encode()}
+    pq.write_table(table.replace_schema_metadata(described), tmp_path / "x.parquet")
+    assert open_images(str(tmp_path / "x.parquet")).train.classes == ("b", COMPOSED)
+    assert class_indices(["b", SPLIT], [SPLIT], "run", "x") == [1]
+
+
 @pytest.mark.parametrize("feature", [{"_type": "Picture"}, {"_type": "ClassLabel", "names": ["a", "a"]}])
 def test_what_another_version_says_of_columns_is_an_error(feature: dict[str, Any], tmp_path: Path) -> None:
     described = {b"huggingface": json.dumps({"info": {"features": {"label": feature}}}).encode()}

@@ -8,7 +8,8 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,12 +21,16 @@ from torch import Tensor
 import pecobook
 from pecobook import api, cli
 from pecobook.commands.check import check
+from pecobook.commands.predict.writers import ClipWriter
 from pecobook.commands.push import push
 from pecobook.data.clips import open_clips, random_clip
 from pecobook.data.stream import Stream, collate
+from pecobook.data.views import shortest_side
 from pecobook.errors import ConfigError, PecobookError, WeightsError
 from pecobook.recipes import recipe
 from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.images import ClipConfig
+from pecobook.settings.predict import PredictConfig
 from pecobook.settings.values import replace
 from pecobook.stages.classify import ClassifyStage, load_for_classification
 from tests.clips import CLASSES, write_moving
@@ -54,6 +59,23 @@ def accuracy(data: Path, vit: Path, out: Path) -> float:
     return float(
         logged(train("finetune", data, out, backbone=str(vit), log_every=50, **settings))[-1]["evaluation/top1"]
     )
+
+
+def test_predict__a_clip_that_waits_keeps_one_frame() -> None:
+    writer = object.__new__(ClipWriter)
+    writer.model = cast("Any", SimpleNamespace(clip=ClipConfig(frames=4)))
+    writer.square, writer.waiting = {"size": 8, "share": 1.0}, []
+    frames = torch.randint(256, (4, 3, 30, 40), dtype=torch.uint8)
+    writer.add("a.mp4", "a", frames)
+    ((_, _, picture, _),) = writer.waiting
+    assert torch.equal(picture, frames[2])
+    assert picture.untyped_storage().nbytes() == 3 * 30 * 40
+
+
+def test_predict__reads_frames_as_the_evaluation_does(clip_run: Path, tmp_path: Path) -> None:
+    config = PredictConfig(run=str(clip_run), images="unused", pictures=False)
+    settings = replace(recipe("finetune", "tiny"), CLIPS)
+    assert ClipWriter(config, tmp_path).shortest == shortest_side(ClassifyStage.evaluation_view(settings))
 
 
 def test_finetune__of_clips_says_clips(clips: Path, clip_run: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pecobook.data.deep import ValueRange
 from pecobook.data.folders import FileStore, Listing, walk
 from pecobook.data.images import check_labels
 from pecobook.data.layout import Folder, count_unused, parts_of, read_layout
+from pecobook.data.mapped import mapped
 from pecobook.data.names import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from pecobook.data.parts import Contents, assemble
 from pecobook.data.sampler import key, uniform
@@ -64,7 +66,9 @@ class ClipStore(FileStore):
         config: ClipConfig | None = None,
     ) -> None:
         super().__init__(root, paths)
-        self._starts, self._frames, self._config = starts, frames, config
+        self._starts = None if starts is None else mapped(starts)
+        self._frames: Any = None if frames is None else mapped(frames)
+        self._config = config
 
     def frames(self, row: int) -> list[bytes] | None:
         """Return the paths of the frames of a clip, in the order of their numbers; None for a video."""
@@ -83,10 +87,10 @@ class ClipStore(FileStore):
         return None if frames is None else Path(os.fsdecode(frames[len(frames) // 2]))
 
     def read(self, row: int, shortest: int = 0) -> Tensor:
-        """Read the frames of evaluation, uint8 (T, 3, H, W), or the middle frame (3, H, W) of a clip with sound ends.
+        """Read the frames of evaluation, uint8 (T, 3, H, W), or without `config` the middle frame (3, H, W).
 
         Raises:
-            BadImage: one of the frames cannot be read, or without `config` the first or the last one.
+            BadImage: one of the frames cannot be read, without `config` also the first or the last one.
         """
         clip, config = self.clip(row, shortest), self._config
         if config is not None:
@@ -107,10 +111,7 @@ class ClipStore(FileStore):
             chosen = [frames[number] for number in choose(len(frames))]
             decoded = {
                 path: decode(
-                    read_file(path),
-                    name=os.fsencode(path).decode(errors="replace"),
-                    value_range=self.value_range,
-                    shortest=shortest,
+                    read_file(path), name=path.decode(errors="replace"), value_range=self.value_range, shortest=shortest
                 )
                 for path in dict.fromkeys(chosen)
             }
@@ -120,7 +121,7 @@ class ClipStore(FileStore):
 
     def identify(self, row: int) -> str:
         """Return the path of the video, or of the folder of frames."""
-        path = (self._prefix + self._paths[row].as_py()).rstrip(b"/")
+        path = (self._prefix + self._paths[row].as_py()).rstrip(b"/") or b"."
         return str(path.decode(errors="replace"))
 
     def _names(self, rows: Integers) -> Iterator[list[bytes]]:
@@ -192,11 +193,10 @@ def find_clips(root: Path, config: ClipConfig | None = None) -> tuple[ClipStore,
         )
     counts = np.bincount(images.group_of, minlength=len(images.groups))
     paths = arrow_binary([os.fsencode("/".join(group)) for group in images.groups])
-    if empty := [group for group in images.without_images if group]:
-        images.left_out["folder without a frame"] += len(empty)
+    empty = Counter({"folder without a frame": sum(map(bool, images.without_images))})
     starts = np.concatenate(([0], np.cumsum(counts)))
     store = ClipStore(root, paths, starts, pa.chunked_array(images.chunks), config)
-    return store, [group[:-1] for group in images.groups], images.left_out
+    return store, [group[:-1] for group in images.groups], images.left_out + empty
 
 
 def _listed(root: Path, extensions: Sequence[str]) -> Listing:
@@ -241,12 +241,11 @@ def notes_on_frames(images: ImageSource) -> tuple[str, ...]:
 
 def _holds_frames(folder: Path) -> bool:
     """Return whether a folder holds no other folder, and images of one name with all numbers from 0 or 1 on."""
-    entries = sorted((os.fsencode(entry.name) for entry in folder.iterdir()), key=_numbered)
-    parts = [re.fullmatch(rb"(.*?)(\d+)\.(\w+)", name) for name in entries if not name.startswith(b".")]
-    matches = [match for match in parts if match is not None]
-    if not len(parts) == len(matches) >= _FEWEST_FRAMES or len({(match[1], match[3]) for match in matches}) > 1:
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    matches = [match for name in names if (match := re.fullmatch(r"(.*?)([0-9]+)\.(\w+)", name))]
+    if not len(names) == len(matches) >= _FEWEST_FRAMES or len({(match[1], match[3]) for match in matches}) > 1:
         return False
-    numbers = [int(match[2]) for match in matches]
+    numbers = sorted(int(match[2]) for match in matches)
     return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
@@ -321,12 +320,7 @@ def central_crops(frames: Tensor, config: ClipConfig, size: int, share: float = 
 
 
 def read_clip(
-    path: str | Path,
-    config: ClipConfig,
-    size: int,
-    *,
-    crop: float = 1.0,
-    value_range: RangeSetting = AUTO,
+    path: str | Path, config: ClipConfig, size: int, *, crop: float = 1.0, value_range: RangeSetting = AUTO
 ) -> Tensor:
     """Read the clip of a video file, or of a folder of frames, as a classifier of clips reads it in evaluation.
 

@@ -167,12 +167,13 @@ def folder_contents(source: str, root: Path) -> Contents:
     if num_rows >= counts["image"]:
         weights["image"] = 0
     kind = max(weights, key=lambda name: weights[name])  # a table next to each shard is the shard's metadata
+    left_out = Counter(listing.left_out)  # the listing may serve another time
     for other, count in counts.items():
         if other != kind and count and not (other == "image" and has_paths):
-            listing.left_out[f"{other} file beside {kind} files"] += count
+            left_out[f"{other} file beside {kind} files"] += count
     if counts[kind] == 0:
         raise DataError(
-            f"--data '{source}': neither this folder nor its subfolders hold images{_seen_instead(listing.left_out)}. "
+            f"--data '{source}': neither this folder nor its subfolders hold images{_seen_instead(left_out)}. "
             f"Supported extensions: {', '.join(IMAGE_EXTENSIONS)}; also parquet and tar files."
         )
     if kind != "image":
@@ -183,13 +184,13 @@ def folder_contents(source: str, root: Path) -> Contents:
         found = (
             shard_contents(source, listing.shards, root) if is_tar else parquet_contents(source, listing.tables, root)
         )
-        return replace(found, left_out=dict(listing.left_out + Counter(found.left_out)))
+        return replace(found, left_out=dict(left_out + Counter(found.left_out)))
     import pyarrow as pa
 
     store = FileStore(root, pa.chunked_array(listing.chunks))
     layout = read_layout(source, listing.groups)
     group_of = np.frombuffer(listing.group_of, dtype=np.intc)
-    left_out = listing.left_out + count_unused(layout, group_of)
+    left_out += count_unused(layout, group_of)
     notes = (*layout.notes, *_note_on_empty_classes(layout, listing))
     return Contents(parts_of(layout, store, group_of), dict(left_out), notes)
 

@@ -256,6 +256,7 @@ def class_indices(trained: Sequence[str], classes: Sequence[str], classifier: st
     Raises ConfigError, which names the classifier and the data, when the classifier does not have a class.
     """
     index_of = {one_form(label): index for index, label in enumerate(trained)}
+    classes = list(map(one_form, classes))
     missing = [label for label in classes if label not in index_of]
     if missing:
         more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""

@@ -72,7 +72,10 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
             image = source.read(index)
             size = (int(image.shape[1]), int(image.shape[2]))
         if whole:
-            data = file.read_bytes() if isinstance(file, Path) else file or image.numpy().tobytes()
+            if source.unit == "clips":  # others may have its middle frame too
+                data = b"".join(map(_digest, source.subset([index]).files() or ()))
+            else:
+                data = file.read_bytes() if isinstance(file, Path) else file or image.numpy().tobytes()
             digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
         if file is not None:
             header_size, mode = _header(name, file)
@@ -84,6 +87,11 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
     except OSError as error:  # the file vanished or cannot be read any longer
         return Look(name, size, mode, digest, problem=BadImage(name, error.strerror or str(error)))
     return Look(name, size, mode, digest, values)
+
+
+def _digest(path: bytes) -> bytes:
+    with open(path, "rb") as file:  # noqa: PTH123 (bytes)
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _pixels_per_value(source: SegmentationSource, index: int) -> dict[int, int]:

@@ -24,6 +24,7 @@ from pecobook.data.parts import (
     Labels,
     Part,
     class_names,
+    distinct_names,
     distinct_values,
     encode_labels,
     first_and_count,
@@ -329,7 +330,7 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: Table
             return None, Note(f"the column '{column}' holds {value} in {row}, which is no class", "lost labels")
         values = [None if is_missing(value) else int(value) for value in values]
     if isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
+        names = distinct_names(feature.names)
     return encode_labels(source, numbers, values, names, store.identify), ""
 
 

@@ -121,16 +121,22 @@ def _start(stream: Any) -> Fraction:
 
 def _num_packets(container: Any, stream: Any, rate: Fraction) -> int:
     """Return the number of frames by the packets. Raises BadImage where the file ends before its header says so."""
-    packets = [packet for packet in container.demux() if packet.size]
-    ends = {
-        packet: (packet.pts + (packet.duration or 0)) * packet.time_base for packet in packets if packet.pts is not None
-    }
+    packets = [  # what is asked of each, because the packets themselves are the whole file
+        (
+            packet.stream is stream,
+            packet.is_corrupt,
+            None if packet.pts is None else (packet.pts + (packet.duration or 0)) * packet.time_base,
+        )
+        for packet in container.demux()
+        if packet.size
+    ]
+    ends = [end for _, _, end in packets if end is not None]
     begin, stated = (Fraction(time or 0, 1_000_000) for time in (container.start_time, container.duration))
-    is_short = bool(ends) and max(ends.values()) - begin < (1 - _MISSING) * stated
-    if is_short or any(packet.is_corrupt for packet in packets[-2:]):
+    is_short = bool(ends) and max(ends) - begin < (1 - _MISSING) * stated
+    if is_short or any(is_corrupt for _, is_corrupt, _ in packets[-2:]):
         raise BadImage("", "it is cut off at its end")
-    of_video = [packet for packet in packets if packet.stream is stream]
-    known = [ends[packet] for packet in of_video if packet in ends]
+    of_video = [end for is_video, _, end in packets if is_video]
+    known = [end for end in of_video if end is not None]
     return round(float((max(known) - _start(stream)) * rate)) if known else len(of_video)
 
 

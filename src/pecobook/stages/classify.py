@@ -43,17 +43,15 @@ class Kind(NamedTuple):
     view: ViewFunction
     evaluation_view: ViewFunction
     classifier: Callable[..., Classifier]
-    frames: tuple[int, ...]
-    """The sizes of a sample in front of channels, height and width: the number of frames of a clip."""
 
 
 def kind_of(config: FinetuneConfig) -> Kind:
     """Return what the settings classify."""
     clip = config.clip
     if not clip.frames:
-        return Kind(_open_images, _augmented_view, central_view, Classifier, ())
+        return Kind(_open_images, _augmented_view, central_view, Classifier)
     view, evaluation_view = partial(random_clip, config=clip), partial(central_clip, config=clip)
-    return Kind(open_clips, view, evaluation_view, partial(ClipClassifier, clip=clip), (clip.frames,))
+    return Kind(open_clips, view, evaluation_view, partial(ClipClassifier, clip=clip))
 
 
 class ClassifyStage(Stage[FinetuneConfig]):
@@ -181,7 +179,8 @@ class ClassifyStage(Stage[FinetuneConfig]):
         if not (config.backbone or config.init):
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
         backbone = load_for_classification(config)
-        images = torch.zeros(2, *kind_of(config).frames, 3, config.image_size, config.image_size)
+        frames = [config.clip.frames] if config.clip.frames else []
+        images = torch.zeros(2, *frames, 3, config.image_size, config.image_size)
         purpose = f"learn from images of {config.image_size} pixels"
         name = config.backbone or config.init
         dry_run(backbone.network, (images,), network=name, purpose=purpose)
@@ -260,9 +259,9 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
         mean=config.mean,
         std=config.std,
     )
-    for frames in kind_of(config).frames:
+    if config.clip.frames:
         with refusing(backbone.name, "read clips", "Choose a ViT or a BEiT."):
-            backbone.network = ClipNetwork(backbone.network, frames)
+            backbone.network = ClipNetwork(backbone.network, config.clip.frames)
     return backbone
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pecobook.analysis.detections import coco_results, colour_of
 from pecobook.analysis.segments import overlay, palette
 from pecobook.commands.predict.sources import Sources, list_clips, list_images
-from pecobook.data.clips import central_crops
+from pecobook.data.clips import central_clip, central_crops
 from pecobook.data.decode import BadImage
 from pecobook.data.views import center_crop, central_view, shortest_side
 from pecobook.errors import counted, first_line
@@ -48,13 +48,14 @@ class ClassifierWriter:
 
     kind: type[Classifier] = Classifier
     unit = "images"
+    view: Any = staticmethod(central_view)
+    """The view of the evaluation in the training, which says how far large images may be reduced."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures = out, config.pictures
         self.model = self.kind.from_pretrained(config.run).to(device())
         self.square: dict[str, Any] = {"size": self.model.image_size, "share": self.model.crop}
-        view = partial(central_view, **self.square)
-        self.shortest = 0 if self.pictures else shortest_side(view)  # as the evaluation of the training reads it
+        self.shortest = 0 if self.pictures else shortest_side(partial(self.view, **self.square))
         self.num_images = 0
         self.num_best = min(_NUM_BEST, len(self.model.classes))
         self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, central square of the image
@@ -109,6 +110,7 @@ class ClipWriter(ClassifierWriter):
 
     kind = ClipClassifier
     unit = "clips"
+    view = staticmethod(central_clip)
     model: ClipClassifier
 
     def sources(self, source: str) -> Sources:
@@ -118,7 +120,7 @@ class ClipWriter(ClassifierWriter):
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Put the squares of the frames (T, 3, H, W) of a clip into the batch."""
         squares = central_crops(image, self.model.clip, **self.square)
-        self._wait(name, file, image[len(image) // 2], squares)
+        self._wait(name, file, image[len(image) // 2].clone(), squares)  # a view would keep all frames
 
 
 class SegmenterWriter:
