@@ -257,8 +257,7 @@ class VectorQuantizer(Quantizer):
                 if config.normalise:
                     codewords.copy_(self._on_sphere(codewords))
             else:
-                # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it towards
-                # 0.
+                # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it to 0.
                 used = (counts[tile] > 0)[:, None]
                 means = self._on_sphere(self.ema_sum[tile] / smoothed[tile].clamp_min(1e-12)[:, None])
                 codewords.copy_(torch.where(used, means, codewords))
