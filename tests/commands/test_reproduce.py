@@ -22,7 +22,6 @@ import pecobook
 from pecobook import cli
 from pecobook.commands.jobs import Job, Outcome, job_seconds
 from pecobook.commands.paper_tables import TABLES, Arm, PaperTable, Row, chosen_tables
-from pecobook.commands.reproduce import _with_full_paths
 from pecobook.commands.reproduce.budgets import Budget, make_budget
 from pecobook.commands.reproduce.listing import command_words, describe, kind_of
 from pecobook.commands.reproduce.rehearsal import job_duration, move_paths, read_rehearsal, remaining_time
@@ -337,20 +336,6 @@ def test_reproduce__plans_jobs_that_start_in_any_folder(
     monkeypatch.chdir(elsewhere)  # the folder of tables goes on
     cli.main([*words, "--data", "../it's here/my data", "--out", "../it's here/t", "--commands", "plan.txt"])
     assert "begun with other settings" not in capsys.readouterr().err
-
-
-def test_reproduce__gives_full_paths_to_patterns_and_not_to_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("photos", "random", "tiny", "shards"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "shards" / "x-000.tar").touch()
-    pattern = "shards/x-{000..000}.tar"
-    words = {"data": "photos", "network": "timm:resnet10t", "network_weights": "random"}
-    config = ReproduceConfig(**words, more_data=pattern, kinetics="shards", ssv2="missing-{0..1}", out="o")  # type: ignore[arg-type]
-    full = {"more_data": str(tmp_path / pattern), "kinetics": str(tmp_path / "shards"), "out": str(tmp_path / "o")}
-    assert _with_full_paths(config) == replace(config, full)
 
 
 def test_reproduce__checks_the_layers_of_a_network_before_training(
