@@ -203,6 +203,8 @@ def test_changed_settings__take_another_spelling_of_a_path(tmp_path: Path, monke
         (tmp_path / name).mkdir()
     for same in (str(tmp_path / "a"), "./a", "b/../a"):
         assert changed_settings({"data": "a"}, {"data": same}) == []
+    shards = "a/x-{000..009}.tar"  # no file has this name
+    assert changed_settings({"data": shards}, {"data": str(tmp_path / shards)}) == []
     for old, new in (("a", "b"), ("a", "c"), ("", str(tmp_path)), ("a", ["a"]), ("0" * 5000, "a")):
         assert changed_settings({"data": old}, {"data": new}) == [f"data: {old} -> {new}"]
 

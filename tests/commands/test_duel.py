@@ -180,6 +180,23 @@ def test_images__of_the_tuning_are_no_test_images(images: Path, tmp_path: Path) 
     assert [int((labels[chosen] == 1).sum()) for chosen in (few, judging)] == [100, 100]
 
 
+def test_few_labels__are_the_first_of_each_class_in_one_order() -> None:
+    labels = np.concatenate([np.random.default_rng(2).integers(0, 5, 700), [7]])  # the last class has one image
+    source = SimpleNamespace(train=SimpleNamespace(labels=labels), evaluation=range(3))
+    order = np.random.default_rng(0).permutation(len(labels)).tolist()
+    for kind in ("few", "tune"):
+        learned, judging = list[int](), list[int]()
+        for label in (0, 1, 2, 3, 4, 7):
+            numbers = [number for number in order if labels[number] == label]
+            size = min(100, len(numbers) if kind == "few" else max(len(numbers) // 2, 1))
+            learned += numbers[:size]
+            judging += numbers[size : 2 * size]
+        (_, chosen), (_, tested) = few_labels(source, kind)  # type: ignore[arg-type]
+        assert chosen == sorted(learned)
+        assert 700 in chosen
+        assert tested == (sorted(judging) if kind == "tune" else [0, 1, 2])
+
+
 def test_tuning__gives_random_weights_a_rate_of_their_own(images: Path, tmp_path: Path) -> None:
     tuning = make_plan(images, tmp_path, "duel-tuning", seeds=(100,))
     runs = [tuning.jobs[f"tune-scratch+lr{lr}-100"].config for lr in ("0.001", "0.003")]

@@ -15,11 +15,13 @@ import pytest
 from pecobook import cli
 from pecobook.commands.jobs import Job, job_seconds
 from pecobook.commands.paper_tables import TABLES, Arm
+from pecobook.commands.reproduce import _with_full_paths
 from pecobook.commands.reproduce.budgets import Budget, VitRuns, make_budget, with_backbone
 from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
 from pecobook.errors import ConfigError, DataError
 from pecobook.recipes import recipe
 from pecobook.settings.predict import PredictConfig
+from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
 from tests.clips import write_moving
@@ -241,3 +243,17 @@ def test_plan__table9_trains_classifiers_of_clips(images: Path, tmp_path: Path) 
     ]
     with pytest.raises(DataError, match="--kinetics 'nowhere' is no folder"):
         make_plan(images, "table9", kinetics="nowhere")
+
+
+def test_reproduce__gives_full_paths_to_patterns_and_not_to_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "random", "tiny", "shards"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "shards" / "x-000.tar").touch()
+    pattern = "shards/x-{000..000}.tar"
+    words = {"data": "photos", "network": "timm:resnet10t", "network_weights": "random"}
+    config = ReproduceConfig(**words, more_data=pattern, kinetics="shards", ssv2="missing-{0..1}", out="o")  # type: ignore[arg-type]
+    full = {"more_data": str(tmp_path / pattern), "kinetics": str(tmp_path / "shards"), "out": str(tmp_path / "o")}
+    assert _with_full_paths(config) == replace(config, full)

@@ -22,5 +22,4 @@ class Step(NamedTuple):
 
 
 OnStep: TypeAlias = Callable[[Step], object]
-
 """Called after each optimizer step; an error in it ends the run as an error of a step does."""

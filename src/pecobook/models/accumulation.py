@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,13 @@ class Weighted(NamedTuple):
     counts: Tensor  # (n,)
 
 
-def merged(first: Weighted, second: Weighted, num_codewords: int) -> Weighted:
-    """Return the sums of both, or, where these are more than K, a single one for each codeword."""
-    if len(first.codes) + len(second.codes) <= num_codewords:
-        return Weighted(*map(torch.cat, zip(first, second, strict=True)))
-    sums, counts = first.sums.new_zeros(num_codewords, first.sums.shape[1]), first.counts.new_zeros(num_codewords)
-    for part in (first, second):
+def merged(parts: Sequence[Weighted], num_codewords: int) -> Weighted:
+    """Return the sums of all parts, or, where these are more than K, a single one for each codeword."""
+    if sum(len(part.codes) for part in parts) <= num_codewords:
+        return Weighted(*map(torch.cat, zip(*parts, strict=True)))
+    like = parts[0].sums
+    sums, counts = like.new_zeros(num_codewords, like.shape[1]), like.new_zeros(num_codewords)
+    for part in parts:
         sums.index_add_(0, part.codes, part.sums)
         counts.index_add_(0, part.codes, part.counts)
     return Weighted(sums, torch.arange(num_codewords, device=sums.device), counts)

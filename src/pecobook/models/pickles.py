@@ -24,7 +24,7 @@ _SETTINGS_MODULES = (
 
 
 def load_tensors(file: Path) -> Any:
-    """Load a file of torch.save; of a pickled network the weights, of any other object nothing.
+    """Load a file of torch.save; of a network that is pickled in a zip the weights, of any other object nothing.
 
     Raises:
         Exception: any that torch raises for a damaged file, or for one that calls what is not among the known modules.

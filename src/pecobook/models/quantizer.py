@@ -182,7 +182,7 @@ class VectorQuantizer(Quantizer):
             codes = nearest_codeword(vectors, self.codebook, precision=self.config.precision)  # (N,)
             if self.training:
                 if self._pending is not None:
-                    self._fold()
+                    self._fold(is_last=False)
                 self._pending = vectors.detach(), codes
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment_loss = F.mse_loss(z, quantized.detach())
@@ -215,7 +215,7 @@ class VectorQuantizer(Quantizer):
             self._next_step()
         if self._pending is None:
             return
-        self._fold()
+        self._fold(is_last=True)
         step = self._of_start() if self._num_start_vectors else self._folded
         assert step is not None
         # Counts by index_add, without a one-hot matrix (N, K).
@@ -257,8 +257,7 @@ class VectorQuantizer(Quantizer):
                 if config.normalise:
                     codewords.copy_(self._on_sphere(codewords))
             else:
-                # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it towards
-                # 0.
+                # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it to 0.
                 used = (counts[tile] > 0)[:, None]
                 means = self._on_sphere(self.ema_sum[tile] / smoothed[tile].clamp_min(1e-12)[:, None])
                 codewords.copy_(torch.where(used, means, codewords))
@@ -274,13 +273,17 @@ class VectorQuantizer(Quantizer):
 
     # torch.compile makes no graph of it: the number of vectors that the sample has seen changes with every micro-batch.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _fold(self) -> None:
-        """Add the vectors of the last micro-batch to what the step keeps of them."""
+    def _fold(self, *, is_last: bool) -> None:
+        """Add the vectors of a micro-batch, which may be the last, to what the step keeps of them."""
         assert self._pending is not None
         (vectors, codes), self._pending = self._pending, None
         new = Weighted(vectors, codes, vectors.new_ones(len(codes)))
-        self._folded = new if self._folded is None else merged(self._folded, new, self.num_codewords)
+        parts = [new] if self._folded is None else [self._folded, new]
+        is_only = is_last and len(parts) == 1  # whose sums would take memory for nothing
+        self._folded = new if is_only else merged(parts, self.num_codewords)
         self._sample.add(vectors)
+        if not is_last:  # a view would keep all vectors
+            self._sample.rows = self._sample.rows.clone()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs once in a training
     @torch.no_grad()

@@ -214,8 +214,7 @@ def load_backbone(
     if Path(spec).is_file():
         raise ConfigError(
             f"'{spec}' is a file of weights; also name the network: --backbone timm:NAME --weights "
-            f"{shlex.quote(spec)} "
-            "(or --perceptual.network and --perceptual.weights)."
+            f"{shlex.quote(spec)} (or --perceptual.network and --perceptual.weights)."
         )
     is_timm = spec.startswith("timm:")
     if not is_timm and not Path(spec).exists() and "/" not in spec and given("backbone", spec) is None:

@@ -34,9 +34,10 @@ def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_file(before: Any, after: Any) -> bool:
-    """Whether two settings are paths of one file or folder."""
+    """Whether two settings are paths of one file or folder, or patterns of the same files."""
     with contextlib.suppress(OSError, TypeError, ValueError):  # no paths, or of nothing that is there
-        return bool(before and after) and Path(before).samefile(after)
+        one, other = Path(before).absolute(), Path(after).absolute()
+        return bool(before and after) and (one == other or one.samefile(other))
     return False
 
 

@@ -31,9 +31,10 @@ from pecobook.commands.reproduce.few_labels import FOLDERS, write_images
 from pecobook.commands.reproduce.given import check_given
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
+from pecobook.data.images import expand_pattern
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
-from pecobook.errors import ConfigError, PecobookError, Preflight, some_of
+from pecobook.errors import ConfigError, DataError, PecobookError, Preflight, some_of
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.extras import require
@@ -80,9 +81,10 @@ def _with_full_paths(config: ReproduceConfig) -> ReproduceConfig:
     """Return the settings with the full paths of files, so that every job may be started in any folder."""
     full = {"out": str(Path(config.out).absolute())} if config.out else {}
     for name, value in to_dict(config).items():
-        if isinstance(value, str) and name != "budget" and value not in ("", "photos"):
-            with contextlib.suppress(OSError):  # of a name that is too long for a file
-                full |= {name: str(Path(value).absolute())} if Path(value).exists() else {}
+        if isinstance(value, str) and name != "budget" and value not in ("", "photos", "random"):
+            path = str(Path(value).absolute())
+            with contextlib.suppress(OSError, DataError):  # of a name too long for a file, or shards that are missing
+                full |= {name: path} if Path(path).exists() or expand_pattern(path) else {}
     return replace(config, full)
 
 

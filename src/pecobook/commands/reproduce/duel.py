@@ -202,18 +202,15 @@ class Duel:
             prefix = f"{kind}-{run_name(arm, setting)}-"
             for file in (self.out / "runs").glob(f"{prefix}*{end}"):
                 seed = str(file.relative_to(self.out / "runs")).removeprefix(prefix).removesuffix(end)
-                score = (
-                    validation_accuracy(file)
-                    if kind == "probe"
-                    else float(last_metrics(file.parents[1])["evaluation/top1"])
+                by_seed.setdefault(seed, {})[setting] = (
+                    validation_accuracy(file) if kind == "probe" else last_metrics(file.parents[1])["evaluation/top1"]
                 )
-                by_seed.setdefault(seed, {})[setting] = score
         return [scores for scores in by_seed.values() if len(scores) == len(settings_of(arm))]
 
     def remarks(self) -> list[str]:
         """Return a line on the settings of all arms, and whether they were tuned."""
         chosen = ", ".join(f"{arm} {self.chosen(arm).name}" for arm in (*ARMS, *CONTROLS))
-        tuned = [arm for arm in (*ARMS, *CONTROLS) if len(settings_of(arm)) > 1 and self._complete_tunings(arm)]
+        tuned = any(self._complete_tunings(arm) for arm in (*ARMS, *CONTROLS))
         how = "chosen on validation images" if tuned else "not tuned: run duel-tuning with another seed first"
         return [f"Settings ({how}): {chosen}."]
 

@@ -33,13 +33,13 @@ def few_labels(splits: Splits, kind: str) -> tuple[Part, Part]:
     labels = splits.train.labels
     assert labels is not None
     order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
     learned: list[int] = []
     judging: list[int] = []
-    for label in np.unique(labels):
-        numbers = order[labels[order] == label].tolist()
+    for numbers in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
         size = min(LABELS_PER_CLASS, len(numbers) if kind == "few" else max(len(numbers) // 2, 1))
-        learned += numbers[:size]
-        judging += numbers[size : 2 * size]
+        learned += numbers[:size].tolist()
+        judging += numbers[size : 2 * size].tolist()
     if kind == "few":
         return (splits.train, sorted(learned)), (splits.evaluation, list(range(len(splits.evaluation))))
     return (splits.train, sorted(learned)), (splits.train, sorted(judging))
