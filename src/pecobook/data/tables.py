@@ -40,6 +40,8 @@ from pecobook.utils.printer import say
 _TEXTS = ("string", "large_string", "string_view")
 _LARGE = 2**30
 """Bytes of files whose copy is announced."""
+_BATCH = 10_000
+"""Rows of a batch of the copy: each batch takes 2 kB of every process, and `datasets` alone makes one of 100 images."""
 
 
 def parquet_contents(source: str, files: list[Path], root: Path | None = None) -> Contents:
@@ -165,7 +167,12 @@ def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]
             say(f"Copying {size / 1e9:.1f} GB of parquet files to the cache {cache}, once.")
         with _quiet():
             return datasets.load_dataset(
-                "parquet", data_files={split: paths}, split=split, columns=columns, cache_dir=str(cache)
+                "parquet",
+                data_files={split: paths},
+                split=split,
+                columns=columns,
+                cache_dir=str(cache),
+                writer_batch_size=_BATCH,
             )
     except Exception as error:  # datasets wraps all errors of Arrow in exceptions of its own
         raise DataError(
