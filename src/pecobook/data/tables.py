@@ -164,7 +164,10 @@ def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "pecobook" / versions
         size = sum(file.stat().st_size for file in files)
         if size > _LARGE and not cache.exists():
-            say(f"Copying {size / 1e9:.1f} GB of parquet files to the cache {cache}, once.")
+            say(
+                f"Copying {size / 1e9:.1f} GB of parquet files to the cache {cache}, once. "
+                f"--data 'file://{Path(source).absolute()}' reads them where they are."
+            )
         with _quiet():
             return datasets.load_dataset(
                 "parquet",
