@@ -166,7 +166,7 @@ def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]
         if size > _LARGE and not cache.exists():
             say(
                 f"Copying {size / 1e9:.1f} GB of parquet files to the cache {cache}, once. "
-                f"--data 'file://{Path(source).absolute()}' reads them where they are."
+                f"--data 'file://{Path(source).expanduser().absolute()}' reads them where they are."
             )
         with _quiet():
             return datasets.load_dataset(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,13 @@ class Duel:
         changes: dict[str, Any] = {"data": str(self.out / FOLDERS[kind]), "backbone": vit}
         if arm == "scratch":
             changes |= {"weights": "random", "optim.layer_decay": 1.0, "optim.lr": setting.lr}
-        (_, learned), _ = few_labels(self.splits, kind)
-        few = self._run(self.budget.few, name, seed, num_images=len(learned), **changes)
+        few = self._run(self.budget.few, name, seed, num_images=self._num_learned[kind], **changes)
         self._add(name, "finetune", few, vit_job)
+
+    @cached_property
+    def _num_learned(self) -> dict[str, int]:
+        """The number of images that each kind of fine-tuning learns from; to choose them takes a while on a million."""
+        return {kind: len(few_labels(self.splits, kind)[0][1]) for kind in FOLDERS}
 
     def _common(self, seed: int) -> dict[str, Any]:
         return {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}

@@ -40,9 +40,8 @@ def few_labels(splits: Splits, kind: str) -> tuple[Part, Part]:
         size = min(LABELS_PER_CLASS, len(numbers) if kind == "few" else max(len(numbers) // 2, 1))
         learned += numbers[:size].tolist()
         judging += numbers[size : 2 * size].tolist()
-    if kind == "few":
-        return (splits.train, sorted(learned)), (splits.evaluation, list(range(len(splits.evaluation))))
-    return (splits.train, sorted(learned)), (splits.train, sorted(judging))
+    tested = splits.evaluation, list(range(len(splits.evaluation)))
+    return (splits.train, sorted(learned)), tested if kind == "few" else (splits.train, sorted(judging))
 
 
 def write_images(splits: Splits, kind: str, out: Path) -> None:
