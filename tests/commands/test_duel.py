@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ from tests.commands.test_reproduce import InThisProcess
 from tests.runs import SMALL
 
 
-def make_plan(images: Path, out: Path, *tables: str, seeds: tuple[int, ...] = (0,)) -> Plan:
-    config = ReproduceConfig(data=str(images), tables=tables, out=str(out), seeds=seeds)
+def make_plan(images: Path, out: Path, *tables: str, seeds: tuple[int, ...] = (0,), **settings: Any) -> Plan:
+    config = ReproduceConfig(data=str(images), tables=tables, out=str(out), seeds=seeds, **settings)
     return Plan(config, chosen_tables(tables), open_images(str(images)))
 
 
@@ -63,6 +64,36 @@ def test_plan__has_a_chain_for_every_arm(images: Path, tmp_path: Path) -> None:
         assert job.config.seed == 0
         assert job.config.out.startswith(str(tmp_path / "runs" / name))
         assert set(job.needs) <= jobs.keys()
+
+
+def test_plan__a_public_network_has_an_arm_of_its_own(images: Path, tmp_path: Path) -> None:
+    """It has seen other images, so it stands beside the network that was trained on these."""
+    given: dict[str, Any] = {"network": "torchvision:squeezenet1_1", "network_layers": (2,), "network_weights": "w.pt"}
+    plan = make_plan(images, tmp_path, "duel", **given)
+    codebook = plan.jobs["codebook-public+steady-0"]
+    assert codebook.needs == ()
+    assert {f"network_{name}": getattr(codebook.config.perceptual, name) for name in ("layers", "weights")} == {
+        name: given[name] for name in ("network_layers", "network_weights")
+    }
+    assert codebook.config.perceptual.network == given["network"]
+    assert plan.jobs["codebook-perceptual+steady-0"].needs == ("network-contrast-0",)
+    assert plan.duel is not None
+    assert "public lr0.001" in plan.duel.remarks()[0]
+    tuning = make_plan(images, tmp_path, "duel-tuning", **given)
+    assert len([name for name in tuning.jobs if name.startswith("vit-public")]) == 4
+    without = make_plan(images, tmp_path, "duel")
+    assert not any("public" in name for name in without.jobs)
+    assert without.duel is not None
+    assert "public" not in without.duel.remarks()[0]
+    assert without.left_out()[-1].endswith("(needs --network NETWORK).")
+
+
+def test_plan__names_what_no_job_reads(images: Path, tmp_path: Path) -> None:
+    assert make_plan(images, tmp_path, "duel", dino="timm:vit", supervised="timm:resnet18").left_out()[-1] == (
+        "Not used by these tables: --dino timm:vit."
+    )
+    table = make_plan(images, tmp_path, "table7", network="timm:resnet18", dalle="/dalle", network_layers=(1,))
+    assert [line for line in table.left_out() if "used" in line] == ["Not used by these tables: --dalle /dalle."]
 
 
 def test_plan__no_arm_has_a_handicap(images: Path, tmp_path: Path) -> None:

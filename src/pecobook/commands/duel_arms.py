@@ -13,6 +13,7 @@ ARMS = {
     "perceptual": "tokens, perceptual loss",
     "classification": "tokens, classification loss (knows the labels)",
     "supervised": "tokens, perceptual loss of a supervised network (knows the labels)",
+    "public": "tokens, perceptual loss of --network (has seen other images)",
 }
 """Arm to the label of its row, without the two controls."""
 
@@ -34,7 +35,7 @@ class Setting:
 
 def settings_of(arm: str) -> tuple[Setting, ...]:
     """Return the settings that are tried for an arm, the default first."""
-    has_network = arm.partition("-")[0] in ("perceptual", "supervised")
+    has_network = arm.partition("-")[0] in ("perceptual", "supervised", "public")
     return tuple(Setting(lr, rising) for rising in (False, True)[: 1 + has_network] for lr in (1e-3, 3e-3))
 
 

@@ -32,7 +32,8 @@ class ReproduceConfig(ManyRunsConfig):
     backbone: BackboneConfig = BackboneConfig(name="")
     """The ViT that is pre-trained and fine-tuned; without a name the ViT of the budget."""
     network: str = ""
-    """A perceptual network, named as in codebook's --perceptual.network. Empty trains a network on --data."""
+    """A perceptual network, named as in codebook's --perceptual.network. Empty trains a network on --data. In the study
+    `duel` it has a row of its own."""
     network_layers: tuple[int | str, ...] = (3, 6, 9, 12)
     """Layers of the network of --network, given as in codebook's --perceptual.layers."""
     network_weights: str = ""

@@ -214,8 +214,9 @@ class Duel:
 
     def remarks(self) -> list[str]:
         """Return a line on the settings of all arms, and whether they were tuned."""
-        chosen = ", ".join(f"{arm} {self.chosen(arm).name}" for arm in (*ARMS, *CONTROLS))
-        tuned = any(self._complete_tunings(arm) for arm in (*ARMS, *CONTROLS))
+        arms = [arm for arm in (*ARMS, *CONTROLS) if arm != "public" or self.config.network]
+        chosen = ", ".join(f"{arm} {self.chosen(arm).name}" for arm in arms)
+        tuned = any(self._complete_tunings(arm) for arm in arms)
         how = "chosen on validation images" if tuned else "not tuned: run duel-tuning with another seed first"
         return [f"Settings ({how}): {chosen}."]
 
@@ -244,11 +245,15 @@ class Duel:
         if head in ("pixel", "classification"):
             explicit = ExplicitConfig() if head == "pixel" else ExplicitConfig(kind="classification")
             base = dataclasses.replace(base, perceptual=PerceptualConfig(network="none"), explicit=explicit)
+        elif arm == "public":
+            given = self.config
+            names = {"network": given.network, "weights": given.network_weights, "layers": given.network_layers}
+            base = replace(base, {f"perceptual.{name}": value for name, value in names.items()})
         else:
             network, network_job = self._network(head, seed)
-            weights = "random" if how == "random" else ""
-            given = replace(base, {"perceptual.network": network, "perceptual.weights": weights})
-            base = replace(given, {"perceptual.shuffle": how == "shuffled"})
+            weights, shuffle = "random" if how == "random" else "", how == "shuffled"
+            perceptual = dataclasses.replace(base.perceptual, network=network, weights=weights, shuffle=shuffle)
+            base = dataclasses.replace(base, perceptual=perceptual)
         settings = self._run(base, name, seed)
         if setting.rising:
             settings = replace(settings, {"perceptual.warmup": int(settings.max_steps) // 2})

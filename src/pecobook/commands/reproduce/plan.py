@@ -32,6 +32,11 @@ FROM_SCRATCH = ("scratch", "deit")
 NO_TOKENIZER = (*FROM_SCRATCH, "dino", "moco", "mae")
 """Targets of arms that train a backbone without a tokenizer."""
 _OF_LABELS = ("finetuned", "classified", "codeword_probe", "crossed_probe", *(figure for figure, _ in ATTACKED))
+_GIVEN = (
+    *("network", "network_weights", "supervised", "classifier", "dino", "dalle", "more_data"),
+    *("segmentation_data", "detection_data", "kinetics", "ssv2"),
+)
+"""Settings that name a network or a source, which tables may not need."""
 
 
 class Plan:
@@ -74,6 +79,7 @@ class Plan:
 
     def _add_study(self, table: str, arms: list[str], seed: int) -> None:
         assert self.duel is not None
+        arms = [arm for arm in arms if not self.missing_for_arm(arm)]
         if table == TUNING:
             for arm in arms:
                 self.duel.add_tuning(*parse_run(arm), seed)
@@ -83,7 +89,7 @@ class Plan:
     def missing_for_arm(self, arm: str) -> str:
         """Return what is missing to train an arm; an empty text when nothing is missing."""
         part = Arm.parse(arm)
-        arm = part.target
+        arm = part.target.partition("+")[0]  # the tuning's arms name a setting, too
         if part.vit not in self.budget.vits or (arm == "deit" and arm not in self.budget.vits[part.vit].own):
             return "another --budget"
         if arm == "dino" and not self.config.dino:
@@ -92,6 +98,8 @@ class Plan:
             return "--dalle FOLDER"
         if arm == "more-data" and not self.config.more_data:
             return "--more-data SOURCE"
+        if arm == "public" and not self.config.network:
+            return "--network NETWORK"
         if arm == "half-depth" and self.budget.codebook.model.num_blocks < 2:
             return "a budget whose decoder has two blocks to halve"
         if arm in ("classification", "supervised") and not self.has_labels:
@@ -121,7 +129,14 @@ class Plan:
         tables = self.tables.values()
         missing = {row.label: self.missing_for_arm(row.arm) for table in tables for row in table.all_rows}
         rows = [f"Not trained: {label} (needs {needs})." for label, needs in missing.items() if needs]
-        return [*self.unmeasured(pair for table in tables for pair in table.figures), *rows]
+        return [*self.unmeasured(pair for table in tables for pair in table.figures), *rows, *self._unused()]
+
+    def _unused(self) -> list[str]:
+        """Return a line for each given network or source that no job reads."""
+        words = " ".join(word for job in self.jobs.values() for word in job.words)
+        given = {name: getattr(self.config, name) for name in _GIVEN} | {"backbone.name": self.config.backbone.name}
+        unused = [name for name, value in given.items() if value and value not in words]
+        return [f"Not used by these tables: --{name.replace('_', '-')} {given[name]}." for name in unused]
 
     def _waits_for_data(self, table: PaperTable) -> bool:
         """Whether a table has only figures for which the images or the clips are missing."""
