@@ -153,6 +153,18 @@ def test_tuning__chooses_by_validation_and_never_by_test(images: Path, tmp_path:
     assert "chosen on validation images" in tuned.duel.remarks()[0]
 
 
+def test_tuning__seeds_of_the_study_do_not_choose_again(images: Path, tmp_path: Path) -> None:
+    """After the tuning changed an arm, its first seed has runs of both settings."""
+    slow, fast = settings_of("pixel")
+    for seed, scores in ((100, (40.0, 41.0)), (0, (50.0, 40.0)), (1, (50.0, 40.0))):
+        for setting, score in zip((slow, fast), scores, strict=True):
+            write_probe(tmp_path, f"{run_name('pixel', setting)}-{seed}", score, score)
+    (tmp_path / "runs" / "few-pixel+lr0.001-1").mkdir()  # a seed that this command does not name
+    duel = make_plan(images, tmp_path, "duel", seeds=(0,)).duel
+    assert duel is not None
+    assert duel.chosen("pixel") == fast
+
+
 def test_table__has_paired_differences_and_the_reading(images: Path, tmp_path: Path) -> None:
     scores = {"pixel": 50.0, "classification": 55.0, "supervised": 51.0, "perceptual": 53.0, "perceptual-random": 50.5}
     for seed, noise in enumerate((0.0, 0.3, -0.2)):

@@ -192,7 +192,8 @@ class Duel:
     def chosen(self, arm: str) -> Setting:
         """Return the setting of an arm with the best validation accuracy in the folder; the default without a tuning.
 
-        Seeds at which all settings of the arm were trained count, each equally.
+        Seeds at which all settings of the arm were trained count, each equally. Those of the study do not: when the
+        tuning changes an arm of two settings, its earlier seeds have both, and would choose once more.
         """
         candidates, complete = settings_of(arm), self._complete_tunings(arm)
         if not complete:
@@ -202,14 +203,19 @@ class Duel:
     def _complete_tunings(self, arm: str) -> list[dict[Setting, float]]:
         """Return the validation accuracy of every setting, for each seed at which all settings were trained."""
         by_seed: dict[str, dict[Setting, float]] = {}
+        runs = self.out / "runs"
+        of_study = {str(seed) for seed in self.config.seeds} | {run.name.split("-")[-1] for run in runs.glob("few-*")}
         kind, end = ("tune", "/export/config.json") if arm == "scratch" else ("probe", ".json")
         for setting in settings_of(arm):
             prefix = f"{kind}-{run_name(arm, setting)}-"
-            for file in (self.out / "runs").glob(f"{prefix}*{end}"):
-                seed = str(file.relative_to(self.out / "runs")).removeprefix(prefix).removesuffix(end)
-                by_seed.setdefault(seed, {})[setting] = (
-                    validation_accuracy(file) if kind == "probe" else last_metrics(file.parents[1])["evaluation/top1"]
-                )
+            for file in runs.glob(f"{prefix}*{end}"):
+                seed = str(file.relative_to(runs)).removeprefix(prefix).removesuffix(end)
+                if seed not in of_study:
+                    by_seed.setdefault(seed, {})[setting] = (
+                        validation_accuracy(file)
+                        if kind == "probe"
+                        else last_metrics(file.parents[1])["evaluation/top1"]
+                    )
         return [scores for scores in by_seed.values() if len(scores) == len(settings_of(arm))]
 
     def remarks(self) -> list[str]:
