@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pecobook import cli
 from pecobook.commands.duel_arms import ARMS, Setting, parse_run, run_name, settings_of
@@ -19,8 +20,10 @@ from pecobook.commands.reproduce.duel import DuelBudget, duel_budget, reading, v
 from pecobook.commands.reproduce.few_labels import few_labels, write_images
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.tables import gains_over_controls, measured_tables
+from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
-from pecobook.errors import ConfigError, RunFolderError
+from pecobook.data.source import ImageSource
+from pecobook.errors import DataError, RunFolderError
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace
 from tests.commands.test_reproduce import InThisProcess
@@ -204,6 +207,42 @@ def test_images__have_few_labels_a_class_and_all_test_images(images: Path, tmp_p
     write_images(source, "few", tmp_path)  # a second time nothing is written
 
 
+def test_images__of_every_format_are_found_again_and_one_that_is_lost_ends_nothing(tmp_path: Path) -> None:
+    """Names of Pillow's formats are no extensions: JPEG 2000's, and those of images with a wrong name."""
+    root, pixels = tmp_path / "all", np.zeros((8, 8, 3), np.uint8)
+    for split, label in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        folder = root / split / label
+        folder.mkdir(parents=True)
+        Image.fromarray(pixels).save(folder / "new.jp2")
+        Image.fromarray(pixels).save(folder / "other.png", format="GIF")
+        (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    source = open_images(str(root))
+    (root / "test" / "b" / "new.jp2").unlink()
+    write_images(source, "few", tmp_path)
+    written = open_images(str(tmp_path / "images"))
+    assert (len(written.train), len(written.evaluation)) == (6, 5)
+    assert written.left_out == {}
+    bad = [number for number in range(6) if not _can_be_read(written.train, number)]
+    assert len(bad) == 2  # the broken ones
+
+
+def test_images__that_are_arrays_are_found_again(tmp_path: Path) -> None:
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "all" / place).mkdir(parents=True)
+        np.save(tmp_path / "all" / place / "array.npy", np.full((8, 8, 3), 7, np.uint8))
+    write_images(open_images(str(tmp_path / "all")), "few", tmp_path)
+    written = open_images(str(tmp_path / "images"))
+    assert (len(written.train), written.evaluation.read(1).float().mean().item()) == (2, 7.0)
+
+
+def _can_be_read(source: ImageSource, number: int) -> bool:
+    try:
+        source.read(number)
+    except BadImage:
+        return False
+    return True
+
+
 def test_images__of_the_tuning_are_no_test_images(images: Path, tmp_path: Path) -> None:
     source = open_images(str(images))
     write_images(source, "tune", tmp_path)
@@ -260,7 +299,7 @@ def test_tuning__gives_random_weights_a_rate_of_their_own(images: Path, tmp_path
 
 
 def test_duel__needs_labels(unlabelled_images: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no labels"):
+    with pytest.raises(DataError, match="has no labels"):
         make_plan(unlabelled_images, tmp_path, "duel")
     assert TABLES["duel"].pairs[-1] == ("supervised", "pixel")
 

@@ -19,8 +19,8 @@ from pecobook.commands.duel_arms import ARMS, Setting, run_name, settings_of
 from pecobook.commands.jobs import Job
 from pecobook.commands.reproduce.few_labels import FOLDERS, few_labels
 from pecobook.commands.reproduce.transfers import last_metrics
+from pecobook.data.images import check_labels
 from pecobook.data.source import Splits
-from pecobook.errors import ConfigError
 from pecobook.recipes import codebook, contrast, finetune, pretrain
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import CodebookConfig, ExplicitConfig
@@ -129,14 +129,13 @@ class Duel:
         run: returns the settings of a training, given base, name, seed and changes, as the plan makes them.
 
     Raises:
-        ConfigError: the images have no labels.
+        DataError: the images have no labels.
     """
 
     def __init__(
         self, config: ReproduceConfig, splits: Splits, add: Callable[..., None], run: Callable[..., Any]
     ) -> None:
-        if splits.train.labels is None:
-            raise ConfigError(f"The duel compares accuracies, and --data '{config.data}' has no labels.")
+        check_labels(splits, config.data)
         self.config, self.splits, self._add, self._run = config, splits, add, run
         self.budget = duel_budget(config.budget)
         self.out = Path(config.out)

@@ -11,7 +11,10 @@ import numpy as np
 from PIL import Image
 from torchvision.io import encode_png
 
+from pecobook.data.decode import BadImage, read_file
+from pecobook.data.names import IMAGE_EXTENSIONS
 from pecobook.data.source import ImageSource, Splits
+from pecobook.utils.printer import say
 
 LABELS_PER_CLASS = 100
 FOLDERS = {"few": "images", "tune": "images-tuning"}
@@ -60,15 +63,26 @@ def write_images(splits: Splits, kind: str, out: Path) -> None:
 
 
 def _write_image(source: ImageSource, number: int, folder: Path) -> None:
-    """Write an image into the folder of its class, as the file that it is, or else as PNG."""
+    """Write an image into the folder of its class, as the file that it is, or else as PNG; one that is lost, not."""
     assert source.labels is not None
-    content = source.file(number)
-    if isinstance(content, Path):
-        content = content.read_bytes()
-    if content is None:
-        content, suffix = encode_png(source.read(number)).numpy().tobytes(), "png"
-    else:
-        suffix = (Image.open(io.BytesIO(content)).format or "png").lower()
-    target = folder / f"{int(source.labels[number]):04d}" / f"{number:07d}.{suffix}"
+    try:
+        content = source.file(number)
+        if isinstance(content, Path):
+            content = read_file(content, source.identify(number))
+        elif content is None:
+            content = encode_png(source.read(number)).numpy().tobytes()
+    except BadImage as error:
+        say(f"{error.name} is left out: {error.reason}.")
+        return
+    target = folder / f"{int(source.labels[number]):04d}" / f"{number:07d}.{_extension(content)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)
+
+
+def _extension(content: bytes) -> str:
+    """Return an extension under which the image is found; it is decoded by its content."""
+    try:
+        name = (Image.open(io.BytesIO(content)).format or "").lower()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # trainings skip and count it
+        name = ""
+    return name if name in IMAGE_EXTENSIONS else "png"
