@@ -57,10 +57,7 @@ def kind_of(config: FinetuneConfig) -> Kind:
 class ClassifyStage(Stage[FinetuneConfig]):
     """A backbone with a linear head on its mean-pooled patch features, of images or of clips (`models.video`).
 
-    Args:
-        config: all settings.
-        classes: names of the classes.
-        backbone: the backbone of the settings; None loads it.
+    Without a backbone it loads that of the settings.
     """
 
     command = "finetune"

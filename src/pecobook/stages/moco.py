@@ -32,11 +32,7 @@ from pecobook.utils.images import channels_last, to_float
 
 
 class MocoStage(Stage[ContrastConfig]):
-    """Two views of each image, an encoder, and a momentum encoder: the moving average of the encoder.
-
-    Args:
-        config: all settings.
-    """
+    """Two views of each image, an encoder, and a momentum encoder: the moving average of the encoder."""
 
     command = "contrast"
 

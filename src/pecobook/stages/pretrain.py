@@ -57,12 +57,7 @@ _MANY_LOGITS = 2**28
 
 
 class PretrainStage(Stage[PretrainConfig]):
-    """A masked image model and its targets.
-
-    Args:
-        config: all settings.
-        tokenizer: the tokenizer; None loads the one that the settings name.
-    """
+    """A masked image model and its targets; without a tokenizer it loads the one that the settings name."""
 
     command = "pretrain"
 
