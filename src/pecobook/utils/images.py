@@ -1,13 +1,15 @@
-"""Sizes, value ranges and memory layout of images."""
+"""Sizes, value ranges and memory layout of images, and pictures of Pillow."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pecobook.utils.devices import exporting
@@ -84,6 +86,18 @@ def check_pixels(image: Tensor) -> None:
     """Raise ValueError unless `image` is one image, uint8 (3, H, W)."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not all(image.shape):
         raise ValueError(f"The image must be uint8 (3, H, W) in 0..255, not {image.dtype} {tuple(image.shape)}.")
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    """Convert an image, uint8 (3, H, W), to a picture of Pillow."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def encode_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """Encode a picture of Pillow as PNG or JPEG, with the options of its `save`."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def channels_last(images: Tensor) -> Tensor:
