@@ -214,7 +214,7 @@ def replace(config: C, changes: dict[str, Any]) -> C:
     problem.
     """
     problems: list[str] = []
-    implied = getattr(config, "implied", None)  # of StartConfig
+    implied = getattr(config, "implied", None)
     changed = _replace(config, {**(implied(changes) if implied else {}), **changes}, "", problems)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
