@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
 from pecobook.analysis.position import position_baseline
+from pecobook.analysis.reconstruction import hide
 from pecobook.data.batch import Batch
 from pecobook.data.masking import make_mask
 from pecobook.data.sampler import key
@@ -148,12 +149,10 @@ class PretrainStage(Stage[PretrainConfig]):
         """Return the first `count` images, their visible parts, and their decoded predictions (paper, figure 5)."""
         predicted = codes.clone()
         predicted[mask] = best
-        scale = images.shape[-1] // mask.shape[-1]
-        hidden = mask[:count, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         restored = self.tokenizer.decode(predicted[:count])
         return {
             "images": images[:count],
-            "masked": torch.where(hidden, 0.5, images[:count]),
+            "masked": hide(images[:count], mask[:count]),
             "predicted": resized(restored, images.shape[-1]),
         }
 
