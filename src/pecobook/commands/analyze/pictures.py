@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.atlas import Atlas, atlas_picture, make_atlas
-from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
+from pecobook.analysis.charts import code_usage_chart, training_curves
 from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.codewords import CodeUsage, GalleryPatch, GalleryRow, code_gallery
 from pecobook.analysis.occurrences import ClassShare, class_shares
+from pecobook.utils.json_files import read_metrics
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""
