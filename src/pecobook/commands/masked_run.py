@@ -38,6 +38,7 @@ class MaskedRun(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.image_size, self.grid = config.image_size, model.grid  # in pixels, and in patches
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
@@ -48,16 +49,6 @@ class MaskedRun(nn.Module):
     def codebook(self) -> Tensor:
         """The codewords, float (K, D)."""
         return self.tokenizer.codebook  # type: ignore[no-any-return]
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that the ViT was trained on, pixels."""
-        return self.config.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.model.grid
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the codes that the model was trained to predict, int64 (B, h, w)."""
