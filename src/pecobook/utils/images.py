@@ -1,4 +1,4 @@
-"""Sizes, value ranges and memory layout of images, and pictures of Pillow."""
+"""Sizes, value ranges, normalisation and memory layout of images, and pictures of Pillow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pecobook.utils.devices import exporting
 
@@ -98,6 +98,22 @@ def encode_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+class Normalised(nn.Module):
+    """A module that gives its network images as this was trained with; mean and deviation are not in its state."""
+
+    mean: Tensor
+    std: Tensor
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set mean and standard deviation of the channels, of images in [0, 1]."""
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise float images (..., 3, H, W) in [0, 1]."""
+        return (images - self.mean) / self.std
 
 
 def channels_last(images: Tensor) -> Tensor:
