@@ -23,7 +23,7 @@ _VALUES = 2**24
 
 
 class LogisticRegression:
-    """A classifier by a linear map of features, of which `rows` gives those of the training, with D = `dim`.
+    """A classifier by a linear map of D = `dim` features; `rows` reads those of the training images.
 
     The labels, int64 (N,), hold at least two classes; `c` is the inverse regularisation C.
     """

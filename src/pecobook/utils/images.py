@@ -101,7 +101,7 @@ def encode_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 class Normalised(nn.Module):
-    """A module that gives its network images as this was trained with; mean and deviation are not in its state."""
+    """A module whose images are normalised as its network was trained; its state dict leaves the numbers out."""
 
     mean: Tensor
     std: Tensor

@@ -54,9 +54,9 @@ class _Looks(Dataset[Look]):
 
 
 def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
-    """Look at every image of a source, in so many processes; -1 takes one for each core.
+    """Look at every image of a source, in `workers` processes; -1 takes one for each core.
 
-    Without `labels` they are not learned from, and what is wrong with them is ignored.
+    With `labels` False nothing is learned from the labels, and what is wrong with them is ignored.
     """
     total = len(splits.train) + len(splits.evaluation)
     sources = (splits.train, splits.evaluation)
