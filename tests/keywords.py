@@ -74,13 +74,10 @@ def classes() -> list[type[Any]]:
 def render() -> str:
     """Return the content of the file."""
     parts = [_HEADER]
-    commands = {COMMANDS[command].settings: command for command in RECIPES}
     for config in classes():
         bases = [name_of(base) for base in config.__bases__ if dataclasses.is_dataclass(base)] or ["TypedDict"]
         hints = typing.get_type_hints(config)
         lines = [f"class {name_of(config)}({', '.join(bases)}, total=False):"]
-        if config in commands:
-            lines.append(f'    """The keywords of `{commands[config]}`."""\n')
         own = [name for name in inspect.get_annotations(config) if name in hints]
         inherited: dict[str, Any] = {}
         for base in filter(dataclasses.is_dataclass, config.__bases__):

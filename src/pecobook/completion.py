@@ -43,12 +43,7 @@ class Names(NamedTuple):
 
 
 def script(shell: str, commands: Mapping[str, str]) -> str:
-    """Return the script for `shell`.
-
-    Args:
-        shell: bash, zsh or fish; ConfigError for another shell.
-        commands: every command of pecobook with a description.
-    """
+    """Return the script for a shell, given the description of every command. Raises ConfigError for another shell."""
     if shell not in SHELLS:
         raise ConfigError(f"Completion is written for {', '.join(SHELLS)}, not '{shell}'.{did_you_mean(shell, SHELLS)}")
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)

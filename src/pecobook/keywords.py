@@ -104,8 +104,6 @@ class JitterKeywords(TypedDict, total=False):
 
 
 class ContrastKeywords(ProbedTrainKeywords, total=False):
-    """The keywords of `contrast`."""
-
     model: BackboneKeywords
     momentum: float
     temperature: float
@@ -192,8 +190,6 @@ class TargetKeywords(TypedDict, total=False):
 
 
 class CodebookKeywords(CropTrainKeywords, total=False):
-    """The keywords of `codebook`."""
-
     model: AutoencoderKeywords
     quantizer: QuantizerKeywords
     perceptual: Any
@@ -227,8 +223,6 @@ class PhotometricKeywords(JitterKeywords, total=False):
 
 
 class PretrainKeywords(ProbedTrainKeywords, ResidualKeywords, total=False):
-    """The keywords of `pretrain`."""
-
     tokenizer: Any
     tokens: Text
     target: Literal["tokens", "pixels"]
@@ -265,8 +259,6 @@ class ClipKeywords(TypedDict, total=False):
 
 
 class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, ResidualKeywords, total=False):
-    """The keywords of `finetune`."""
-
     mixup: float
     cutmix: float
     label_smoothing: float
@@ -301,8 +293,6 @@ class SegmentTestKeywords(TypedDict, total=False):
 
 
 class SegmentKeywords(CompileTrainKeywords, SegmenterKeywords, StartKeywords, NormalisationKeywords, total=False):
-    """The keywords of `segment`."""
-
     classes: Text
     mask_values: Sequence[Text]
     ignore: Sequence[Text]
@@ -326,8 +316,6 @@ class DetectorKeywords(TypedDict, total=False):
 
 
 class DetectKeywords(TrainKeywords, StartKeywords, NormalisationKeywords, total=False):
-    """The keywords of `detect`."""
-
     skip_bad: bool
     masks: bool
     pyramid: PyramidKeywords

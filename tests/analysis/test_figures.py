@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from pecobook.analysis.canvas import INK, OTHERS, PAPER, ROLES, escape_text, styles
-from pecobook.analysis.charts import Score, code_usage_chart, read_metrics, score_chart, training_curves
+from pecobook.analysis.charts import Score, code_usage_chart, score_chart, training_curves
 from pecobook.analysis.codewords import code_gallery, matches, query_points
 from pecobook.analysis.figures import class_words, gallery_picture, image_columns, matches_picture, position_shares
 from pecobook.analysis.occurrences import ClassShare
+from pecobook.utils.json_files import read_metrics
 
 
 def opened(png: bytes) -> Image.Image:

@@ -8,7 +8,6 @@ Shapes: N images, codes int64 (N, h, w) with values in [0, K), M codewords in us
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from pecobook.analysis.codebook_map import grid_cells, project_to_plane
 from pecobook.analysis.occurrences import ClassShare, Occurrences, occurrences
 from pecobook.analysis.reconstruction import float_parts
+from pecobook.utils.images import encode_picture, to_pillow
 
 _SIDE, _TILES = 1536, (16, 48)
 """Width of a sprite in pixels, and smallest and largest side to which large patches are reduced: the patches of 8,192
@@ -72,13 +72,8 @@ def make_atlas(
     """Arrange the codewords in use by the similarity of their vectors, and choose a patch for each.
 
     The patch of a codeword is the one nearest to the mean of all its patches, so it is typical and not drawn at random.
-
-    Args:
-        images: float (N, 3, H, W) in [0, 1], or uint8.
-        codes: their codes, int64 (N, h, w).
-        codebook: float (K, D).
-        shares: the classes of the codewords (see `class_shares`); None without labels.
-        seed: seed of the arrangement. Equal arguments give equal atlases.
+    The images are float (N, 3, H, W) in [0, 1], or uint8; `shares` are the classes of the codewords (see
+    `class_shares`), None without labels. Equal arguments give equal atlases.
     """
     typical, colours = _typical_patches(images, codes, len(codebook))
     patch = -(-images.shape[-1] // codes.shape[2])
@@ -103,16 +98,10 @@ def arrange(
     *,
     seed: int = 0,
 ) -> Atlas:
-    """Arrange codewords by the similarity of their vectors.
+    """Arrange codewords by the similarity of their vectors, the rows of the codebook (K, D).
 
-    Args:
-        found: the patches of all images.
-        codebook: float (K, D).
-        colours: mean colours of the codewords' patches, (K, 3) in 0..255.
-        patch: side of a patch in pixels.
-        tile: returns the tile (t, t, 3) of a codeword, given the codeword and t.
-        shares: the classes of the codewords.
-        seed: seed of the arrangement.
+    `colours` (K, 3) in 0..255 are the means of the codewords' patches, `patch` is the side of a patch in pixels, and
+    `tile` returns the tile (t, t, 3) of a codeword, given the codeword and t.
     """
     used, num_places = np.flatnonzero(found.counts), found.grid[0] * found.grid[1]
     plane = project_to_plane(codebook.detach().float().cpu()[torch.from_numpy(used)], seed=seed)
@@ -178,8 +167,7 @@ def _tile(images: Tensor, patch: int, grid: tuple[int, ...], side: int) -> NDArr
 
 def tile_of(pixels: Tensor, side: int) -> NDArray[np.uint8]:
     """Reduce a patch (3, H, W) with values in 0..255 to a tile (side, side, 3)."""
-    picture = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy())
-    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
+    return np.asarray(to_pillow(pixels.to(torch.uint8)).resize((side, side), Image.Resampling.LANCZOS))
 
 
 def sprite(atlas: Atlas) -> Image.Image:
@@ -193,9 +181,7 @@ def sprite(atlas: Atlas) -> Image.Image:
 
 def sprite_jpeg(atlas: Atlas) -> bytes:
     """Encode the sprite as JPEG, a fifth of the size of a PNG."""
-    buffer = io.BytesIO()
-    sprite(atlas).save(buffer, format="JPEG", quality=88, subsampling=0, optimize=True)
-    return buffer.getvalue()
+    return encode_picture(sprite(atlas), "JPEG", quality=88, subsampling=0, optimize=True)
 
 
 def atlas_picture(atlas: Atlas) -> bytes:
@@ -208,9 +194,7 @@ def atlas_picture(atlas: Atlas) -> bytes:
         top, left = (place * pitch for place in divmod(cell, atlas.columns))
         pixels[top : top + side * scale, left : left + side * scale, :3] = tile.repeat(scale, 0).repeat(scale, 1)
         pixels[top : top + side * scale, left : left + side * scale, 3] = 255
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encode_picture(Image.fromarray(pixels), "PNG")
 
 
 def as_json(atlas: Atlas) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png, style_axes, styles
-from pecobook.utils.json_files import is_number, metric_lines
+from pecobook.utils.json_files import evaluation_of, is_number, read_metrics
 
 Metrics = Sequence[Mapping[str, Any]]
 """One mapping per logged step, as in `metrics.jsonl`."""
@@ -32,11 +32,6 @@ class Score:
     name: str
     value: float
     standard_error: float
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a `metrics.jsonl`; a last line that a crash truncated is skipped."""
-    return [record for _, record in metric_lines(path)]
 
 
 def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None = None) -> bytes:
@@ -76,11 +71,8 @@ def run_curves(log: Path) -> bytes:
     training: list[dict[str, Any]] = []
     held_out: list[dict[str, Any]] = []
     for record in read_metrics(log):
-        evaluated = {name: value for name, value in record.items() if name.startswith("evaluation/")}
-        training.append({name: value for name, value in record.items() if name not in evaluated})
-        held_out.append(
-            {"step": record["step"]} | {name.removeprefix("evaluation/"): evaluated[name] for name in evaluated}
-        )
+        training.append({name: value for name, value in record.items() if not name.startswith("evaluation/")})
+        held_out.append({"step": record["step"], **evaluation_of(record)})
     runs: dict[str, Metrics] = {"training": training, "held-out images": held_out}
     names = dict.fromkeys(name for logged in runs.values() for record in logged for name in record if name != "step")
     metrics = [name for name in names if any(_series(logged, name)[0] for logged in runs.values())]
@@ -128,12 +120,8 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
 def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None = None) -> bytes:
     """Draw accuracies in percent as points with bars of one standard error to each side, in one panel per probe.
 
-    All panels share one axis, so that they can be compared by eye.
-
-    Args:
-        panels: the scores of each panel, top row first, by the panel's title; include the control, and the untrained
-            network if there is one.
-        chance: the score of chance, drawn as a dashed line; None draws no line.
+    All panels share one axis, so that they can be compared by eye. `panels` holds the scores of each panel, top row
+    first, by the panel's title. A dashed line shows the score of chance, where it is given.
     """
     sizes = [max(len(scores), 1) for scores in panels.values()]
     figure = new_figure(_WIDTH, sum(0.36 * size + 0.55 for size in sizes) + 0.3)

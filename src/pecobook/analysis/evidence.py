@@ -56,12 +56,9 @@ class Difference:
     @property
     def half_width(self) -> float:
         """Half the length of the t interval; NaN if the units give no error: fewer than two, or all equal."""
-        error = self._error
-        if math.isnan(error):
-            return math.nan
         from scipy import stats
 
-        return float(stats.t.ppf((1 + LEVEL) / 2, len(self.values) - 1)) * error
+        return float(stats.t.ppf((1 + LEVEL) / 2, len(self.values) - 1)) * self._error
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -71,12 +68,9 @@ class Difference:
     @property
     def p(self) -> float:
         """Two-sided p value of the paired t test against no difference; NaN if the units give no error."""
-        error = self._error
-        if math.isnan(error):
-            return math.nan
         from scipy import stats
 
-        return 2 * float(stats.t.sf(abs(self.mean) / error, len(self.values) - 1))
+        return 2 * float(stats.t.sf(abs(self.mean) / self._error, len(self.values) - 1))
 
     @property
     def verdict(self) -> Verdict:

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pecobook.analysis.charts import read_metrics, training_curves, varying_metrics
+from pecobook.analysis.charts import training_curves, varying_metrics
 from pecobook.analysis.report import Picture, Report, Section, Table, as_text, write_pictures, write_report
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.compare import CompareConfig
 from pecobook.settings.values import flag, replace
 from pecobook.utils.files import write_json
-from pecobook.utils.json_files import OBJECT, is_number, list_of, read_json
+from pecobook.utils.json_files import OBJECT, evaluation_of, is_number, list_of, read_json, read_metrics
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
@@ -37,10 +37,8 @@ class Run(NamedTuple):
     @property
     def last_evaluation(self) -> dict[str, Any]:
         """The step and the numbers of the last evaluation, or of the last logged step where there was none."""
-        evaluated = [record for record in self.metrics if any(name.startswith("evaluation/") for name in record)]
-        record = (evaluated or self.metrics)[-1]
-        kept = "evaluation/" if evaluated else ""
-        numbers = {name.removeprefix(kept): value for name, value in record.items() if name.startswith(kept)}
+        record = ([record for record in self.metrics if evaluation_of(record)] or self.metrics)[-1]
+        numbers = evaluation_of(record) or record
         return {"step": record["step"], **{name: value for name, value in numbers.items() if is_number(value)}}
 
 

@@ -29,7 +29,7 @@ from pecobook.errors import DataError, PecobookError, listed
 from pecobook.recipes import RECIPES
 from pecobook.settings.values import flag_words
 from pecobook.utils.folder_lock import FolderBusyError, FolderLock
-from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, Kind, list_of, metric_lines, read_json
+from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, Kind, list_of, read_json, read_metrics
 from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
 
@@ -345,10 +345,10 @@ class Progress:
 def _last_step(run: Path) -> int:
     """Return the last logged step of a run; 0 when nothing has been logged."""
     try:
-        lines = metric_lines(run / "metrics.jsonl")
+        records = read_metrics(run / "metrics.jsonl")
     except OSError:
         return 0
-    return int(lines[-1][1]["step"]) if lines else 0
+    return int(records[-1]["step"]) if records else 0
 
 
 def read_analysis(folder: Path) -> dict[str, Any]:
@@ -377,8 +377,8 @@ def job_seconds(job: Job) -> float:
 def _logged_seconds(run: Path) -> float:
     batch_size = read_json(run / "config.json", {"batch_size": WHOLE})["batch_size"]
     seconds, last_step = 0.0, 0
-    for _, line in metric_lines(run / "metrics.jsonl"):
-        if line.get("images_per_second"):
-            seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]
-            last_step = line["step"]
+    for record in read_metrics(run / "metrics.jsonl"):
+        if record.get("images_per_second"):
+            seconds += (record["step"] - last_step) * batch_size / record["images_per_second"]
+            last_step = record["step"]
     return seconds

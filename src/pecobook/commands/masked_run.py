@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import read_weights
@@ -19,9 +19,10 @@ from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.values import load
 from pecobook.stages.pretrain import encode_views, masked_model
+from pecobook.utils.images import Normalised
 
 
-class MaskedRun(nn.Module):
+class MaskedRun(Normalised):
     """The masked image model and the tokenizer of a run with --target tokens.
 
     `run(images, mask)` predicts codes and `run.encode(images)` computes them. Both take images float (B, 3, S, S) in
@@ -38,26 +39,13 @@ class MaskedRun(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-
-    mean: Tensor
-    std: Tensor
+        self.image_size, self.grid = config.image_size, model.grid  # in pixels, and in patches
+        self.set_normalisation(mean, std)
 
     @property
     def codebook(self) -> Tensor:
         """The codewords, float (K, D)."""
         return self.tokenizer.codebook  # type: ignore[no-any-return]
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that the ViT was trained on, pixels."""
-        return self.config.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.model.grid
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the codes that the model was trained to predict, int64 (B, h, w)."""
@@ -69,7 +57,7 @@ class MaskedRun(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Return the logits (M, K) of the M masked patches; the mask is bool (B, h, w)."""
-        return self.model((images - self.mean) / self.std, mask)  # type: ignore[no-any-return]
+        return self.model(self.normalise(images), mask)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def score(self, images: Tensor, codes: Tensor, mask: Tensor, batch_size: int = 64) -> tuple[float, float]:

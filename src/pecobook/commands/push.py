@@ -23,7 +23,7 @@ from pecobook.settings.changes import FREE_ON_RESUME
 from pecobook.settings.push import PushConfig
 from pecobook.settings.values import replace
 from pecobook.utils.files import without_folders
-from pecobook.utils.json_files import is_number, metric_lines, read_if_valid
+from pecobook.utils.json_files import evaluation_of, is_number, read_if_valid, read_metrics
 from pecobook.utils.printer import show
 
 _KINDS: dict[str, type[Exported]] = {
@@ -99,7 +99,7 @@ class _About:
         self.settings = read_if_valid(run / "config.json") or {}
         self.environment = read_if_valid(run / "environment.json") or {}
         log = run / "metrics.jsonl"
-        self.metrics = [record for _, record in metric_lines(log)] if log.is_file() else []
+        self.metrics = read_metrics(log) if log.is_file() else []
         if "command" not in self.settings:  # an export folder alone, whose config.json is that of the network
             self.settings = {}
 
@@ -129,18 +129,14 @@ class _About:
         return f"## Data\n\n`{name}`{f': {counts}' if counts else ''}."
 
     def _evaluation(self) -> str:
-        evaluated = [record for record in self.metrics if any(name.startswith("evaluation/") for name in record)]
+        evaluated = [record for record in self.metrics if evaluation_of(record)]
         if not evaluated:
             return ""
-        last = evaluated[-1]
-        rows = [
-            f"| {name.removeprefix('evaluation/')} | {value:.4g} |"
-            for name, value in last.items()
-            if name.startswith("evaluation/") and is_number(value)
-        ]
+        last = evaluation_of(evaluated[-1])
+        rows = [f"| {name} | {value:.4g} |" for name, value in last.items() if is_number(value)]
         images = (self.environment.get("images") or {}).get("held_out", 0)
         number = f" {min(images, self.settings['evaluation_images']):,}" if images else ""
-        heading = f"## Evaluation\n\nAfter step {last['step']:,}, on{number} held-out images:\n\n"
+        heading = f"## Evaluation\n\nAfter step {evaluated[-1]['step']:,}, on{number} held-out images:\n\n"
         return heading + "\n".join(("| metric | value |", "| --- | ---: |", *rows))
 
     def _settings(self) -> str:

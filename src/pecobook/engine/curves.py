@@ -10,6 +10,7 @@ from typing import TypeAlias
 from pecobook.engine.log import Sink
 from pecobook.errors import first_line
 from pecobook.utils.files import write_atomically
+from pecobook.utils.json_files import evaluation_of
 from pecobook.utils.printer import say
 
 Draw: TypeAlias = Callable[[Path], bytes]
@@ -37,7 +38,7 @@ class Curves(Sink):
     def log(self, metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002
         """Renew the picture after an evaluation; this logger comes after that of metrics.jsonl."""
         self._outdated = True
-        if any(name.startswith("evaluation/") for name in metrics):
+        if evaluation_of(metrics):
             self.flush()
 
     def flush(self) -> None:

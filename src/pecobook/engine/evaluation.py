@@ -19,6 +19,7 @@ from pecobook.data.sampler import key
 from pecobook.data.stream import Stream, load, to_device
 from pecobook.utils.devices import widest
 from pecobook.utils.distributed import gather_rows
+from pecobook.utils.images import encode_picture
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -173,8 +174,6 @@ def average_metrics(fabric: Fabric, metrics: dict[str, Tensor]) -> dict[str, flo
 
 def picture_grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
     """Return one PNG with a row for each name and a column for each of the first images."""
-    import io
-
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
@@ -183,6 +182,4 @@ def picture_grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
     grid = (
         make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     )
-    buffer = io.BytesIO()
-    to_pil_image(grid).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_picture(to_pil_image(grid), "PNG")

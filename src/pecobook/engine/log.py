@@ -23,7 +23,7 @@ from typing import Any
 from pecobook.errors import ConfigError, printable
 from pecobook.settings.tracking import TrackingConfig
 from pecobook.utils.files import write_atomically
-from pecobook.utils.json_files import metric_lines
+from pecobook.utils.json_files import evaluation_of, metric_lines
 from pecobook.utils.printer import doing, print_above, show, write_notes_to
 
 
@@ -103,7 +103,7 @@ class TensorBoard(Sink):
         if start_step > 0 and last.get("step") == start_step:
             self.log({name: value for name, value in last.items() if name != "step" and value is not None}, start_step)
             picture = folder / "samples" / f"step-{start_step:08d}.png"
-            if any(name.startswith("evaluation/") for name in last) and picture.is_file():
+            if evaluation_of(last) and picture.is_file():
                 self.picture("samples", picture.read_bytes(), start_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -26,7 +26,7 @@ from pecobook.errors import DataError
 from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.utils.distributed import gather_rows, long_on_first_rank, on_first_rank
 from pecobook.utils.extras import require
-from pecobook.utils.json_files import metric_lines
+from pecobook.utils.json_files import read_metrics
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -166,5 +166,5 @@ def interval(cost: float, step_time: float, log_every: int) -> int:
 def _recorded_interval(out: Path) -> int:
     """Return the interval that an earlier start of the run has chosen, 0 if none has."""
     file = out / "metrics.jsonl"
-    found = [line[_EVERY] for _, line in metric_lines(file) if line.get(_EVERY)] if file.is_file() else []
+    found = [record[_EVERY] for record in read_metrics(file) if record.get(_EVERY)] if file.is_file() else []
     return int(found[-1]) if found else 0

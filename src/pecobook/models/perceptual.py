@@ -24,10 +24,10 @@ from pecobook.models.feature_networks import check_feature_maps, load_feature_ne
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 from pecobook.settings.values import replace
 from pecobook.utils.given import given
-from pecobook.utils.images import as_images
+from pecobook.utils.images import Normalised, as_images
 
 
-class PerceptualDistance(nn.Module):
+class PerceptualDistance(Normalised):
     """Distance between images in the features of a frozen network.
 
     Args:
@@ -44,9 +44,6 @@ class PerceptualDistance(nn.Module):
         WeightsError: the network is unknown, weights are missing, or the network has no such layer.
         ConfigError: a setting is unknown, of the wrong type or out of range.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -79,8 +76,7 @@ class PerceptualDistance(nn.Module):
         self.input_size = config.input_size or loaded.input_size
         self.patch = loaded.patch  # side of a plain transformer's patches, pixels; 0 for other networks
         self.notes = loaded.notes  # lines for the user on what was taken from where
-        self.register_buffer("mean", torch.tensor(loaded.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(loaded.std)[:, None, None], persistent=False)
+        self.set_normalisation(loaded.mean, loaded.std)
 
     def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002
         """Keep evaluation mode for any `mode`: the batch statistics of the frozen network must not change."""
@@ -95,7 +91,7 @@ class PerceptualDistance(nn.Module):
         shape = self._input_shape(*images.shape[-2:])
         if images.shape[-2:] != shape:
             images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
-        images = (images - self.mean) / self.std  # broadcasts grey images (B, 1, H, W) to (B, 3, H, W)
+        images = self.normalise(images)  # broadcasts grey images (B, 1, H, W) to (B, 3, H, W)
         activations = self.network(images.flip(1) if self.config.bgr else images)
         return [normalise(feature.float(), self.config.normalisation) for feature in activations]
 

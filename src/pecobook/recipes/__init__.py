@@ -1,4 +1,5 @@
-"""Recipes: named settings with a documented claim. A recipe is a function; `pecobook recipes` lists all recipes.
+"""Recipes: named settings with a documented claim. Each function of the modules here is a recipe; a second name is an
+assignment below it. `pecobook recipes` lists all recipes.
 
 The first line of a docstring is the claim; "Source", "Command", "Cost" and "Result" follow where they are known. A
 result belongs to exactly these settings, or names the settings it belongs to. The `tiny` recipes run the code of the
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from pecobook.errors import ConfigError, did_you_mean
@@ -19,63 +21,22 @@ from pecobook.settings.training import TrainConfig
 Recipe: TypeAlias = Callable[[], TrainConfig]
 
 
-def _named(*recipes: Recipe) -> dict[str, Recipe]:
-    """Return recipes by the names of their functions, with dashes."""
-    return {recipe.__name__.replace("_", "-"): recipe for recipe in recipes}
+def _recipes_in(module: ModuleType) -> dict[str, Recipe]:
+    """Return the functions of a module, each of which is a recipe, in their order and by their names with dashes."""
+    return {
+        name.replace("_", "-"): value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    }
 
 
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "contrast": _named(
-        contrast.tiny,
-        contrast.cifar10,
-        contrast.tiny_imagenet,
-        contrast.imagenette,
-        contrast.paper,
-        contrast.paper_resnet50,
-    ),
-    "codebook": _named(
-        codebook.tiny,
-        codebook.cifar10,
-        codebook.tiny_imagenet,
-        codebook.imagenette,
-        codebook.imagenette_224,
-        codebook.paper,
-        codebook.paper_lite,
-        codebook.paper_resnet50,
-        codebook.paper_vgg16,
-        codebook.modern_dinov3,
-        codebook.vqkd,
-    ),
-    "pretrain": _named(
-        pretrain.tiny,
-        pretrain.cifar10,
-        pretrain.tiny_imagenet,
-        pretrain.imagenette,
-        pretrain.paper,
-        pretrain.paper_vit_b_300,
-    )
-    | {"paper-vit-b-800": pretrain.paper}
-    | _named(pretrain.paper_vit_l, pretrain.paper_vit_h, pretrain.paper_mae),
-    "finetune": _named(
-        finetune.tiny,
-        finetune.tiny_video,
-        finetune.cifar10,
-        finetune.tiny_imagenet,
-        finetune.imagenette,
-        finetune.paper,
-        finetune.paper_vit_l,
-        finetune.paper_vit_h,
-        finetune.paper_vit_h_448,
-        finetune.paper_mae,
-        finetune.paper_scratch,
-        finetune.paper_deit,
-        finetune.paper_video,
-        finetune.paper_video_ssv2,
-        finetune.paper_video_deit,
-    ),
-    "segment": _named(segment.tiny, segment.camvid)
-    | {"paper": segment.paper_ade20k, "paper-ade20k": segment.paper_ade20k},
-    "detect": _named(detect.tiny, detect.nuclei) | {"paper": detect.paper_coco, "paper-coco": detect.paper_coco},
+    "contrast": _recipes_in(contrast),
+    "codebook": _recipes_in(codebook),
+    "pretrain": _recipes_in(pretrain),
+    "finetune": _recipes_in(finetune),
+    "segment": _recipes_in(segment),
+    "detect": _recipes_in(detect),
 }
 
 DEFAULT_RECIPE = "paper"

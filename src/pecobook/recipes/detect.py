@@ -52,7 +52,7 @@ def nuclei() -> DetectConfig:
     )
 
 
-def paper_coco() -> DetectConfig:
+def paper() -> DetectConfig:
     """Mask R-CNN on COCO 2017 with ViT-B/16, 12 epochs at batch 16, images of 800 to 1,333 pixels.
 
     Source: section 4 and supplement; lr 4e-4, divided by ten after epoch 8 and again after epoch 11, layer decay 0.75,
@@ -91,3 +91,6 @@ def paper_coco() -> DetectConfig:
         max_size=1333,
         jitter=(),
     )
+
+
+paper_coco = paper

@@ -120,6 +120,9 @@ def paper_vit_b_300() -> PretrainConfig:
     return dataclasses.replace(paper(), max_steps="300 epochs")
 
 
+paper_vit_b_800 = paper
+
+
 def paper_vit_l() -> PretrainConfig:
     """PeCo ViT-L/16, 800 epochs; the paper gives no separate settings for ViT-L.
 

@@ -46,7 +46,7 @@ def camvid() -> SegmentConfig:
     )
 
 
-def paper_ade20k() -> SegmentConfig:
+def paper() -> SegmentConfig:
     """ADE20K at 512 pixels, ViT-B/16, 160,000 steps at batch 16, lr 3e-4, layer decay 0.65.
 
     Source: supplement; single scale, linear warm-up of 1,500 steps and linear decay, drop path 0.2. The widths of the
@@ -87,3 +87,6 @@ def paper_ade20k() -> SegmentConfig:
         ),
         test=SegmentTestConfig(mode="whole", stride=0.6666666666666666, max_side=2048, scales=(1.0,), flip=False),
     )
+
+
+paper_ade20k = paper

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.initial import tokenizer_of
@@ -94,6 +94,7 @@ class CodebookConfig(CropTrainConfig):
     commitment loss, so runs with and without a perceptual network differ in two ways at once. With --micro-batch-size
     this takes one more forward pass, since the value is that of the whole step."""
     optim: BaseOptimConfig = BaseOptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
+    implied = staticmethod(tokenizer_of)  # what follows from --init, for `replace`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,8 +137,3 @@ class CodebookConfig(CropTrainConfig):
                     f"{name} compares images, but with --target-features the decoder predicts features, not images: "
                     "leave one of them out."
                 )
-
-    @staticmethod
-    def implied(changes: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of the network that `--init` names, unless `changes` contains them."""
-        return tokenizer_of(changes)

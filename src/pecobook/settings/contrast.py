@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from pecobook.settings.images import JitterConfig, PhotometricConfig
 from pecobook.settings.initial import network_of
@@ -44,6 +44,7 @@ class ContrastConfig(ProbedTrainConfig):
     """Number of labelled training images in which each evaluation searches the neighbours of held-out images (k-NN
     accuracy, an early sign of whether the features learn something); 0 leaves the k-NN accuracy out, as do data
     without labels."""
+    implied = staticmethod(partial(network_of, command="contrast"))  # what follows from --init, for `replace`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +56,3 @@ class ContrastConfig(ProbedTrainConfig):
     def view_colour(self, number: int) -> PhotometricConfig:
         """Return all colour changes of view 0 or 1."""
         return PhotometricConfig(**vars(self.colour), blur=self.blur[number], solarise=self.solarise[number])
-
-    @staticmethod
-    def implied(changes: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of the network that `--init` names, unless `changes` contains them."""
-        return network_of(changes, "contrast")

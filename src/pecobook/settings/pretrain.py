@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
@@ -73,6 +74,7 @@ class PretrainConfig(ProbedTrainConfig, ResidualConfig):
     optim: BaseOptimConfig = BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
     max_steps: str = "300 epochs"
     batch_size: int = 2048
+    implied = staticmethod(partial(network_of, command="pretrain"))  # what follows from --init, for `replace`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,8 +82,3 @@ class PretrainConfig(ProbedTrainConfig, ResidualConfig):
         between(self, 0, 4096, "tokenizer_size")
         if self.tokens and self.target == "pixels":
             raise ConfigError("--tokens has no effect with --target pixels: leave one of them out.")
-
-    @staticmethod
-    def implied(changes: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of the network that `--init` names, unless `changes` contains them."""
-        return network_of(changes, "pretrain")

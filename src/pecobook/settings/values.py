@@ -185,11 +185,7 @@ def _flags(config_type: type[Any], prefix: str) -> dict[str, Any]:
 def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> list[str]:
     """Return the flags that turn `default` into `config`; `shlex.join` makes a line of them that a shell reads so.
 
-    Args:
-        config: settings.
-        default: settings of the same type.
-        always: names of flags that are written even if their value is the default's.
-        never: names of flags that are left out.
+    The flags `always` are written even if their value is the default's, and the flags `never` are left out.
     """
     words: list[str] = []
     for name in flags(type(config)):
@@ -218,7 +214,7 @@ def replace(config: C, changes: dict[str, Any]) -> C:
     problem.
     """
     problems: list[str] = []
-    implied = getattr(config, "implied", None)  # of StartConfig
+    implied = getattr(config, "implied", None)
     changed = _replace(config, {**(implied(changes) if implied else {}), **changes}, "", problems)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))

@@ -33,7 +33,7 @@ from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.files import write_atomically
-from pecobook.utils.images import channels_last, to_float
+from pecobook.utils.images import Normalised, channels_last, to_float
 
 
 class Kind(NamedTuple):
@@ -54,19 +54,13 @@ def kind_of(config: FinetuneConfig) -> Kind:
     return Kind(open_clips, view, evaluation_view, partial(ClipClassifier, clip=clip))
 
 
-class ClassifyStage(Stage[FinetuneConfig]):
+class ClassifyStage(Normalised, Stage[FinetuneConfig]):
     """A backbone with a linear head on its mean-pooled patch features, of images or of clips (`models.video`).
 
-    Args:
-        config: all settings.
-        classes: names of the classes.
-        backbone: the backbone of the settings; None loads it.
+    Without a backbone it loads that of the settings.
     """
 
     command = "finetune"
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, config: FinetuneConfig, classes: tuple[str, ...], backbone: Backbone | None = None) -> None:
         super().__init__()
@@ -87,15 +81,14 @@ class ClassifyStage(Stage[FinetuneConfig]):
         if config.residual == "bf16":
             keep_residuals_low(getattr(self.network, "blocks", None), backbone.name)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if config.average else None
-        self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
+        self.set_normalisation(backbone.mean, backbone.std)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return the cross-entropy of uint8 images (B, 3, H, W); in evaluation also the five best classes.
 
         Clips have the shape (B, T, 3, H, W), in evaluation with V crops (B, V, T, 3, H, W).
         """
-        images = (to_float(batch["image"]) - self.mean) / self.std
+        images = self.normalise(to_float(batch["image"]))
         labels = batch["label"]
         targets = F.one_hot(labels, len(self.classes)).float()
         network = self.network if self.training or self.averaged is None else self.averaged

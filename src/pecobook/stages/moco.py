@@ -28,21 +28,15 @@ from pecobook.models.initial import start_backbone, take_parts, training_weights
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.contrast import ContrastConfig
-from pecobook.utils.images import channels_last, to_float
+from pecobook.utils.images import Normalised, channels_last, to_float
 
 
-class MocoStage(Stage[ContrastConfig]):
-    """Two views of each image, an encoder, and a momentum encoder: the moving average of the encoder.
-
-    Args:
-        config: all settings.
-    """
+class MocoStage(Normalised, Stage[ContrastConfig]):
+    """Two views of each image, an encoder, and a momentum encoder: the moving average of the encoder."""
 
     command = "contrast"
 
     min_batch_size = 2  # images are contrasted with each other, and normalised together
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, config: ContrastConfig) -> None:
         super().__init__()
@@ -66,8 +60,7 @@ class MocoStage(Stage[ContrastConfig]):
         if config.init:
             self._take_heads()
         self.notes = self.start.notes
-        self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(self.start.std)[:, None, None], persistent=False)
+        self.set_normalisation(self.start.mean, self.start.std)
 
     def _take_heads(self) -> None:
         """Take the heads and the momentum encoder of the run of `--init`."""
@@ -139,7 +132,7 @@ class MocoStage(Stage[ContrastConfig]):
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Normalise float images (B, 3, H, W) in [0, 1] for the backbone."""
-        return channels_last((images - self.mean) / self.std)
+        return channels_last(self.normalise(images))
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
 from pecobook.analysis.position import position_baseline
+from pecobook.analysis.reconstruction import hide
 from pecobook.data.batch import Batch
 from pecobook.data.masking import make_mask
 from pecobook.data.sampler import key
@@ -48,7 +49,7 @@ from pecobook.models.residual import keep_residuals_low
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
-from pecobook.utils.images import to_float
+from pecobook.utils.images import Normalised, to_float
 
 _MANY_CODEWORDS = 2**16
 """Number of codewords above which logits are computed in tiles: 64 images have 5 GB of logits for 262,144 codewords."""
@@ -56,18 +57,10 @@ _MANY_LOGITS = 2**28
 """Number of logits of a tile, 1 GB in fp32."""
 
 
-class PretrainStage(Stage[PretrainConfig]):
-    """A masked image model and its targets.
-
-    Args:
-        config: all settings.
-        tokenizer: the tokenizer; None loads the one that the settings name.
-    """
+class PretrainStage(Normalised, Stage[PretrainConfig]):
+    """A masked image model and its targets; without a tokenizer it loads the one that the settings name."""
 
     command = "pretrain"
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, config: PretrainConfig, tokenizer: Any = None) -> None:
         super().__init__()
@@ -91,8 +84,7 @@ class PretrainStage(Stage[PretrainConfig]):
             keep_residuals_low([*backbone.blocks, *getattr(self.model, "decoder", ())], config.model.name)  # type: ignore[misc]
         take_masked_model(self.model, self.start, config.target, self.tokenizer)
         self.notes = self.start.notes
-        self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(self.start.std)[:, None, None], persistent=False)
+        self.set_normalisation(self.start.mean, self.start.std)
 
     def train(self, mode: bool = True) -> PretrainStage:
         """Set the mode of the model; the tokenizer stays in evaluation mode."""
@@ -108,7 +100,7 @@ class PretrainStage(Stage[PretrainConfig]):
         mask, M = batch["mask"], self.config.mask.num_masked
         images = self.views.pixels(batch, training=self.training)
         many = self.tokenizer is not None and self.tokenizer.num_codewords > _MANY_CODEWORDS
-        outputs = self.model((images - self.mean) / self.std, mask, M, apply_head=not many)  # (B M, K or D)
+        outputs = self.model(self.normalise(images), mask, M, apply_head=not many)  # (B M, K or D)
         positions = masked_positions(mask, M)  # (B, M)
         if self.tokenizer is None:
             predicted = outputs.float()
@@ -146,19 +138,17 @@ class PretrainStage(Stage[PretrainConfig]):
 
         The best layer of a masked image model lies in its middle, since the last ones serve the prediction.
         """
-        layers = list(layer_features(self.model.backbone, (to_float(images) - self.mean) / self.std, False).values())
+        layers = list(layer_features(self.model.backbone, self.normalise(to_float(images)), False).values())
         return layers[max(len(layers) - 2, 0)].float()
 
     def _pictures(self, images: Tensor, mask: Tensor, codes: Tensor, best: Tensor, count: int = 8) -> dict[str, Tensor]:
         """Return the first `count` images, their visible parts, and their decoded predictions (paper, figure 5)."""
         predicted = codes.clone()
         predicted[mask] = best
-        scale = images.shape[-1] // mask.shape[-1]
-        hidden = mask[:count, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         restored = self.tokenizer.decode(predicted[:count])
         return {
             "images": images[:count],
-            "masked": torch.where(hidden, 0.5, images[:count]),
+            "masked": hide(images[:count], mask[:count]),
             "predicted": resized(restored, images.shape[-1]),
         }
 

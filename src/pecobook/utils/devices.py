@@ -125,11 +125,9 @@ part of the name that PyTorch gives."""
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the operations a second that the maker states for a GPU in bf16; None for another device."""
-    return _peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def _peak_of(name: str) -> float | None:
-    words = f" {re.sub('[-_]', ' ', name)} "
+    if device.type != "cuda":
+        return None
+    words = f" {re.sub('[-_]', ' ', torch.cuda.get_device_name(device))} "
     part = next((part for part in sorted(_PEAKS, key=len, reverse=True) if f" {part} " in words), None)
     return None if part is None else 1e12 * _PEAKS[part]
 

@@ -1,14 +1,16 @@
-"""Sizes, value ranges and memory layout of images."""
+"""Sizes, value ranges, normalisation and memory layout of images, and pictures of Pillow."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from pecobook.utils.devices import exporting
 
@@ -33,10 +35,7 @@ _OVERSHOOT = 0.5  # of images that were resized with a bicubic filter and not cl
 def check_shape(images: Any, channels: Sequence[int], stride: int = 1) -> None:
     """Raise ValueError unless images are a tensor (B, C, H, W) whose sides are multiples of the stride, and not 0.
 
-    Args:
-        images: the images.
-        channels: the values of C that are possible.
-        stride: divisor of the sides.
+    `channels` are the values of C that are possible.
     """
     numbers = " or ".join(map(str, channels))
     if not isinstance(images, Tensor):
@@ -87,6 +86,34 @@ def check_pixels(image: Tensor) -> None:
     """Raise ValueError unless `image` is one image, uint8 (3, H, W)."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not all(image.shape):
         raise ValueError(f"The image must be uint8 (3, H, W) in 0..255, not {image.dtype} {tuple(image.shape)}.")
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    """Convert an image, uint8 (3, H, W), to a picture of Pillow."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def encode_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """Encode a picture of Pillow as PNG or JPEG, with the options of its `save`."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+class Normalised(nn.Module):
+    """A module whose images are normalised as its network was trained; its state dict leaves the numbers out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set mean and standard deviation of the channels, of images in [0, 1]."""
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise float images (..., 3, H, W) in [0, 1]."""
+        return (images - self.mean) / self.std
 
 
 def channels_last(images: Tensor) -> Tensor:

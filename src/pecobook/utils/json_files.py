@@ -158,3 +158,14 @@ def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 lines.append((line, record))
                 break
     return lines
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, one for each logged step, without those that a crash damaged."""
+    return [record for _, record in metric_lines(path)]
+
+
+def evaluation_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an evaluation has measured at a logged step, by names without `evaluation/`; empty without one."""
+    prefix = "evaluation/"
+    return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}

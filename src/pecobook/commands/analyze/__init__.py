@@ -36,8 +36,6 @@ from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
-__all__ = ["AnalyzeConfig", "analyze"]
-
 
 def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     """Measure all tokenizers, write the report, and return the path of the report.
@@ -119,6 +117,7 @@ def _write(results: dict[str, Any], out: Path, began: float) -> None:
 
 
 def check_and_open(config: AnalyzeConfig) -> AnalysisInputs:
+    """Check the output folder, and open all inputs. Raises PreflightError with all problems."""
     preflight = Preflight()
     if not config.tokenizer:
         error = ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,17 +26,39 @@ from pecobook.errors import DataError
 CHUNK = 2**22  # codes that are processed at once
 
 
-@dataclass(frozen=True)
 class Occurrences:
-    """The occurrences of a codeword in all views of all images, and a few of them drawn at random."""
+    """The occurrences of a codeword in all views of all images, of which the images with the lowest ranks are drawn."""
 
-    codeword: int
-    images: int
-    """Number of images with the codeword."""
-    positions: NDArray[np.int64] = field(repr=False, compare=False)
-    """Number of occurrences at each position of the code grid, (h, w)."""
-    drawn: tuple[tuple[int, ...], ...]
-    """(image, view, row, column), one position per image, in random order."""
+    def __init__(self, codeword: int, shape: tuple[int, ...], patches: int, seed: int) -> None:
+        self.codeword, self.images = codeword, 0
+        self._shape, self._patches, self._key = shape, patches, np.uint64(key(seed, codeword))
+        self._counts = np.zeros(math.prod(shape), dtype=np.int64)
+        self._drawn: list[tuple[int, int, int]] = []  # (rank, image, position), sorted
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Number of occurrences at each position of the code grid, (h, w)."""
+        return self._counts.reshape(self._shape).sum(0)  # type: ignore[no-any-return]
+
+    @property
+    def drawn(self) -> list[tuple[int, ...]]:
+        """(image, view, row, column), one position per image, in random order."""
+        return [(image, *map(int, np.unravel_index(place, self._shape))) for _, image, place in self._drawn]
+
+    def add(self, images: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """Add positions (n,) in images (n,), sorted by image; one call must contain all positions of an image."""
+        if len(images) == 0:
+            return
+        self._counts += np.bincount(positions, minlength=len(self._counts))
+        starts = np.flatnonzero(np.diff(images, prepend=-1))
+        self.images += len(starts)
+        lengths = np.diff(starts, append=len(images))
+        ranks = splitmix64_array(images[starts].astype(np.uint64) ^ self._key)
+        lowest = np.argsort(ranks, kind="stable")[: self._patches]
+        # A second hash chooses the position within the image.
+        chosen = starts[lowest] + (splitmix64_array(ranks[lowest]) % lengths[lowest].astype(np.uint64)).astype(np.int64)
+        new = zip(ranks[lowest].tolist(), images[chosen].tolist(), positions[chosen].tolist(), strict=True)
+        self._drawn = sorted([*self._drawn, *new])[: self._patches]
 
 
 def _chunks(bank: TokenBank) -> Iterator[tuple[NDArray[np.int64], Codes]]:
@@ -85,47 +106,15 @@ def find_occurrences(
     shape = (layout.num_views, *layout.grid)
     number_of = np.full(num_codewords, len(codewords), dtype=np.uint16)  # of each codeword in `codewords`
     number_of[list(codewords)] = np.arange(len(codewords))
-    samples = [_Sample(key(seed, codeword), patches, math.prod(shape)) for codeword in codewords]
+    found = [Occurrences(codeword, shape, patches, seed) for codeword in codewords]
     for images, codes in _chunks(bank):
         numbers = number_of[codes]
         rows, positions = np.nonzero(numbers < len(codewords))
         numbers = numbers[rows, positions]
-        for number, sample in enumerate(samples):
+        for number, occurrences in enumerate(found):
             matches = numbers == number
-            sample.add(images[rows[matches]], positions[matches])
-    return [
-        Occurrences(
-            codeword,
-            sample.images,
-            sample.counts.reshape(shape).sum(0),
-            tuple((image, *map(int, np.unravel_index(position, shape))) for _, image, position in sample.drawn),
-        )
-        for codeword, sample in zip(codewords, samples, strict=True)
-    ]
-
-
-class _Sample:
-    """The images with the lowest ranks that contain a codeword, with one position of the codeword in each image."""
-
-    def __init__(self, sample_key: int, size: int, num_positions: int) -> None:
-        self.key, self.size, self.images = np.uint64(sample_key), size, 0
-        self.counts = np.zeros(num_positions, dtype=np.int64)
-        self.drawn: list[tuple[int, int, int]] = []  # (rank, image, position), sorted
-
-    def add(self, images: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
-        """Add positions (n,) in images (n,), sorted by image; one call must contain all positions of an image."""
-        if len(images) == 0:
-            return
-        self.counts += np.bincount(positions, minlength=len(self.counts))
-        starts = np.flatnonzero(np.diff(images, prepend=-1))
-        self.images += len(starts)
-        lengths = np.diff(starts, append=len(images))
-        ranks = splitmix64_array(images[starts].astype(np.uint64) ^ self.key)
-        lowest = np.argsort(ranks, kind="stable")[: self.size]
-        # A second hash chooses the position within the image.
-        chosen = starts[lowest] + (splitmix64_array(ranks[lowest]) % lengths[lowest].astype(np.uint64)).astype(np.int64)
-        new = zip(ranks[lowest].tolist(), images[chosen].tolist(), positions[chosen].tolist(), strict=True)
-        self.drawn = sorted([*self.drawn, *new])[: self.size]
+            occurrences.add(images[rows[matches]], positions[matches])
+    return found
 
 
 def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occurrences]) -> list[GalleryRow]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.atlas import Atlas, atlas_picture, make_atlas
-from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
+from pecobook.analysis.charts import code_usage_chart, training_curves
 from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.codewords import CodeUsage, GalleryPatch, GalleryRow, code_gallery
 from pecobook.analysis.occurrences import ClassShare, class_shares
+from pecobook.utils.json_files import read_metrics
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""
@@ -59,15 +60,8 @@ def pictures_of(
 ) -> tuple[dict[str, bytes], Atlas]:
     """Draw galleries of patches, the map of positions, and the atlas, by kind; return the atlas too.
 
-    Args:
-        tokenizer: the tokenizer.
-        images: float (N, 3, S, S) in [0, 1].
-        codes: codes of the images, int64 (N, h, w).
-        labels: int64 (N,), or None.
-        usage: usage of the codebook by the codes.
-        classes: names of the labels.
-        requested: codewords that certainly get a gallery.
-        seed: seed for codewords and patches that are drawn at random.
+    Images are float (N, 3, S, S) in [0, 1], with codes int64 (N, h, w), labels int64 (N,) or None, and the names of the
+    labels, `classes`. The `requested` codewords certainly get a gallery; others are drawn at random with the seed.
     """
     codebook = tokenizer.codebook.detach().float().cpu()
     shares = None if labels is None else class_shares(codes, labels, tokenizer.num_codewords, classes)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from pecobook.analysis.detections import colour_of
@@ -18,11 +18,7 @@ from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.dense.segmentation_classes import IGNORE
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.summary import short
-from pecobook.utils.images import resize
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
+from pecobook.utils.images import encode_picture, resize, to_pillow
 
 _SIDE = 224  # of a cell, pixels
 _CAPTION = 16
@@ -31,8 +27,6 @@ _MAX_NAMED = 12  # more names on an image would hide it
 
 def contact_sheet(splits: Splits, count: int) -> bytes:
     """Return a PNG with at most `count` images of training, spread over the classes where there are labels."""
-    from PIL import Image, ImageDraw
-
     cells = [cell for index in chosen_images(splits.train, count) if (cell := _cell(splits.train, index)) is not None]
     columns = min(max(math.ceil(math.sqrt(1.5 * len(cells))), 1), 12)
     rows = max(math.ceil(len(cells) / columns), 1)
@@ -42,9 +36,7 @@ def contact_sheet(splits: Splits, count: int) -> bytes:
         left, top = number % columns * (_SIDE + 4) + 2, number // columns * (_SIDE + _CAPTION + 4) + 2
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
         draw.text((left, top + _SIDE + 2), caption, fill="black")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_picture(sheet, "PNG")
 
 
 def chosen_images(source: ImageSource, count: int) -> list[int]:
@@ -60,7 +52,7 @@ def chosen_images(source: ImageSource, count: int) -> list[int]:
     return sorted(chosen.tolist(), key=lambda index: (int(source.labels[index]), index))  # type: ignore[index]
 
 
-def _cell(source: ImageSource, index: int) -> tuple[Image, str] | None:
+def _cell(source: ImageSource, index: int) -> tuple[Image.Image, str] | None:
     """Return the picture of an image and its caption; None where it cannot be read."""
     name = source.identify(index).rpartition("/")[2]
     try:
@@ -83,19 +75,15 @@ def _caption(text: str) -> str:
     return short(text).encode("ascii", "replace").decode()  # Pillow's own font holds few other letters
 
 
-def _fit(image: Tensor) -> Image:
+def _fit(image: Tensor) -> Image.Image:
     """Reduce or enlarge an image, uint8 (3, H, W), to the side of a cell."""
-    from PIL import Image
-
     scale = _SIDE / max(image.shape[1:])
     height, width = (max(round(side * scale), 1) for side in image.shape[1:])
-    return Image.fromarray(resize(image, height, width).permute(1, 2, 0).contiguous().numpy())
+    return to_pillow(resize(image, height, width))
 
 
-def _with_classes(image: Tensor, classes: Tensor, names: tuple[str, ...]) -> Image:
+def _with_classes(image: Tensor, classes: Tensor, names: tuple[str, ...]) -> Image.Image:
     """Draw the classes of the pixels, int (H, W), and the names of those that fill at least a fiftieth of the image."""
-    from PIL import ImageDraw
-
     picture = _fit(overlay(image, classes))
     draw, scale = ImageDraw.Draw(picture), picture.width / image.shape[2]
     for number, name in enumerate(names):
@@ -106,14 +94,12 @@ def _with_classes(image: Tensor, classes: Tensor, names: tuple[str, ...]) -> Ima
     return picture
 
 
-def _write(draw: ImageDraw, place: tuple[int, int], text: str) -> None:
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
     """Write a name on a picture, white with a dark outline."""
     draw.text((max(place[0], 1), max(place[1], 0)), _caption(text), fill="white", stroke_width=1, stroke_fill="black")
 
 
-def _with_boxes(image: Tensor, objects: Objects, classes: tuple[str, ...]) -> Image:
-    from PIL import ImageColor, ImageDraw
-
+def _with_boxes(image: Tensor, objects: Objects, classes: tuple[str, ...]) -> Image.Image:
     colours = [ImageColor.getrgb(colour_of(label)) for label in objects.labels.tolist()]
     masks: Any = objects.masks()
     if masks is not None and len(masks):

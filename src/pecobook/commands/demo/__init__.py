@@ -28,8 +28,6 @@ from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
-__all__ = ["DemoConfig", "demo"]
-
 _MARK = "demo.json"
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pecobook.analysis.atlas import Atlas
-from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.features import backbone_features
 from pecobook.analysis.probe import paired_difference
 from pecobook.analysis.reconstruction import encode_all
@@ -36,6 +35,7 @@ from pecobook.models.weights import Backbone, load_backbone
 from pecobook.settings.demo import DemoConfig
 from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
+from pecobook.utils.json_files import read_metrics
 from pecobook.utils.printer import of_run
 
 Probes = dict[str, dict[str, Any]]

@@ -35,8 +35,6 @@ from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.images import to_float
 from pecobook.utils.printer import say, show
 
-__all__ = ["EvaluateConfig", "evaluate"]
-
 _FEW = 10_000
 """Number of images below which FID is far above its value for many."""
 

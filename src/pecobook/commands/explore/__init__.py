@@ -31,8 +31,6 @@ from pecobook.utils.devices import device
 from pecobook.utils.extras import require
 from pecobook.utils.printer import say, show
 
-__all__ = ["ExploreConfig", "explore"]
-
 
 def explore(config: ExploreConfig | None = None, *, block: bool = True, **settings: Any) -> Server:
     """Serve the page until Ctrl-C; with `block=False` return the server, whose `close()` stops it.

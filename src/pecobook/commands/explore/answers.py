@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 import math
 import secrets
@@ -14,7 +13,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +26,7 @@ from pecobook.data.masking import blockwise_mask
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
+from pecobook.utils.images import encode_picture, to_pillow
 
 THUMBNAIL = 96
 STRIP = 24
@@ -61,9 +60,7 @@ class Answer:
 class Images:
     """Held-out images by their number, and visitors' images by a random name; these are in memory alone.
 
-    Args:
-        source: the held-out images.
-        sizes: sides of the central crops that are needed, pixels.
+    `sizes` are the sides of the central crops that are needed, pixels.
     """
 
     def __init__(self, source: ImageSource, sizes: set[int]) -> None:
@@ -327,9 +324,4 @@ def _mask_of(text: str, grid: tuple[int, int]) -> Tensor:
 
 def png(picture: Tensor) -> bytes:
     """Encode a picture, uint8 (3, H, W), as PNG."""
-    import PIL.Image
-
-    buffer = io.BytesIO()
-    pixels: Any = picture.permute(1, 2, 0).contiguous().numpy()
-    PIL.Image.fromarray(pixels).save(buffer, format="png", compress_level=1)
-    return buffer.getvalue()
+    return encode_picture(to_pillow(picture), "PNG", compress_level=1)

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 from pecobook.commands.predict import robustness, writers
 from pecobook.commands.predict.sources import Sources
+from pecobook.commands.predict.writers import Writer
 from pecobook.data.decode import BadImage
 from pecobook.data.stream import read_whole
 from pecobook.engine.log import Progress
@@ -38,31 +35,6 @@ from pecobook.utils.printer import show
 
 _MAX_NAME = 230
 """Largest number of bytes of a name in the output folder; most file systems allow 255."""
-
-
-class Writer(Protocol):
-    """Predicts with one kind of model and writes the predictions."""
-
-    shortest: int
-    """The shorter side that large images keep, pixels, see `decode`; 0 where the writer needs the whole image."""
-
-    def sources(self, source: str) -> Sources:
-        """Open the images, or what else the model reads, of a source. Raises DataError."""
-
-    def add(self, name: str, file: str, image: Tensor) -> None:
-        """Predict one image and write the files of this image.
-
-        Args:
-            name: name of the image in the source.
-            file: relative path without extension for the files of this image.
-            image: uint8 (3, H, W); of a clip its frames (T, 3, H, W).
-
-        Raises:
-            BadImage: the network fails on this image.
-        """
-
-    def finish(self) -> str:
-        """Write the files on all images; returns a text on what was written."""
 
 
 def predict(config: PredictConfig) -> Path:
@@ -153,7 +125,7 @@ def _shortened(part: str) -> str:
 
 
 def _writer(config: PredictConfig, out: Path) -> Writer:
-    writer_types: dict[str, Callable[[PredictConfig, Path], Writer]] = {
+    writer_types: dict[str, type[Writer]] = {
         "classifier": writers.ClassifierWriter,
         "clip classifier": writers.ClipWriter,
         "segmenter": writers.SegmenterWriter,

@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pecobook.analysis.detections import coco_results, colour_of
@@ -28,10 +29,7 @@ from pecobook.models.weights import Classifier
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.devices import device
 from pecobook.utils.files import write_atomically
-
-if TYPE_CHECKING:
-    from PIL import Image
-
+from pecobook.utils.images import encode_picture, to_pillow
 
 _NUM_BEST = 5
 """Number of classes that are written for each image."""
@@ -43,7 +41,32 @@ _MAX_BYTES = 2**28
 """A batch is classified early when the images that wait for it hold more bytes than this."""
 
 
-class ClassifierWriter:
+class Writer:
+    """Predicts with one kind of model, and writes the predictions."""
+
+    shortest = 0
+    """The shorter side that large images keep, pixels, see `decode`; 0 where the writer needs the whole image."""
+
+    def __init__(self, config: PredictConfig, out: Path) -> None:
+        self.out, self.pictures, self.num_images = out, config.pictures, 0
+
+    def sources(self, source: str) -> Sources:
+        """Open the images, or what else the model reads, of a source. Raises DataError."""
+        return list_images(source)
+
+    def add(self, name: str, file: str, image: Tensor) -> None:
+        """Predict the image `name`, uint8 (3, H, W), or the frames (T, 3, H, W) of a clip, and write its files.
+
+        `file` is the relative path of these, without an extension. Raises BadImage where the network fails.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> str:
+        """Write the files on all images; return a text on what was written."""
+        raise NotImplementedError
+
+
+class ClassifierWriter(Writer):
     """Writes predictions.csv: a row per image with the five best classes and their probabilities."""
 
     kind: type[Classifier] = Classifier
@@ -52,17 +75,12 @@ class ClassifierWriter:
     """The view of the evaluation in the training, which says how far large images may be reduced."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        self.out, self.pictures = out, config.pictures
+        super().__init__(config, out)
         self.model = self.kind.from_pretrained(config.run).to(device())
         self.square: dict[str, Any] = {"size": self.model.image_size, "share": self.model.crop}
         self.shortest = 0 if self.pictures else shortest_side(partial(self.view, **self.square))
-        self.num_images = 0
         self.num_best = min(_NUM_BEST, len(self.model.classes))
         self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, central square of the image
-
-    def sources(self, source: str) -> Sources:
-        """Open the images of a source."""
-        return list_images(source)
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Put the central square of an image into the batch; a full batch is classified and written."""
@@ -123,23 +141,18 @@ class ClipWriter(ClassifierWriter):
         self._wait(name, file, image[len(image) // 2].clone(), squares)  # a view would keep all frames
 
 
-class SegmenterWriter:
+class SegmenterWriter(Writer):
     """Writes masks/: a palette PNG per image, whose pixel values are the class numbers of classes.txt."""
 
-    shortest = 0
-    sources = staticmethod(list_images)
-
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        self.out, self.pictures, self.test = out, config.pictures, config.test
+        super().__init__(config, out)
+        self.test = config.test
         self.model = Segmenter.from_pretrained(config.run).to(device())
         self.colours = palette(len(self.model.classes))
         self.pixel_counts = torch.zeros(len(self.model.classes), dtype=torch.int64)
-        self.num_images = 0
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Segment an image at the size of the image."""
-        from PIL import Image
-
         with _skip_failure(name):
             classes = self.model.predict(image, self.test)  # (H, W)
         self.pixel_counts += torch.bincount(classes.flatten(), minlength=len(self.pixel_counts))
@@ -151,7 +164,7 @@ class SegmenterWriter:
             mask = Image.fromarray(classes.numpy().astype("uint16"))
         _save(mask, self.out / "masks" / f"{file}.png")
         if self.pictures:
-            _save(_picture(overlay(image, classes)), self.out / "pictures" / f"{file}.jpg")
+            _save(to_pillow(overlay(image, classes)), self.out / "pictures" / f"{file}.jpg")
 
     def finish(self) -> str:
         """Write classes.txt."""
@@ -162,16 +175,14 @@ class SegmenterWriter:
         return f"masks/: {self.num_images} masks. Most pixels: {', '.join(texts)}."
 
 
-class DetectorWriter:
+class DetectorWriter(Writer):
     """Writes detections.json in COCO's format of results, and images.json with the number of each image."""
 
-    shortest = 0
-    sources = staticmethod(list_images)
-
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        self.out, self.pictures, self.score = out, config.pictures, config.score
+        super().__init__(config, out)
+        self.score = config.score
         self.model = Detector.from_pretrained(config.run).to(device())
-        self.num_images = self.num_detections = self.num_above_score = 0
+        self.num_detections = self.num_above_score = 0
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Detect the objects in an image."""
@@ -187,7 +198,7 @@ class DetectorWriter:
         _append(self.out / "detections.jsonl", "".join(json.dumps(result) + "\n" for result in results))
         if self.pictures:
             drawn = with_objects(image, detections, self.model.classes, self.score)
-            _save(_picture(drawn), self.out / "pictures" / f"{file}.jpg")
+            _save(to_pillow(drawn), self.out / "pictures" / f"{file}.jpg")
 
     def finish(self) -> str:
         """Write detections.json and images.json."""
@@ -231,9 +242,7 @@ def with_objects(image: Tensor, detections: Detections, classes: Sequence[str], 
 
 def captioned(image: Tensor, text: str) -> Image.Image:
     """Return the image with a line of text below."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    picture = _picture(image)
+    picture = to_pillow(image)
     size = max(min(picture.width // 24, 40), 12)
     font = ImageFont.load_default(size)
     canvas = Image.new("RGB", (max(picture.width, 8 * size), picture.height + 2 * size), "white")
@@ -264,17 +273,9 @@ def _as_json_list(lines: Iterable[bytes]) -> Iterator[bytes]:
     yield b"]"
 
 
-def _picture(image: Tensor) -> Image.Image:
-    from PIL import Image
-
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
 def _save(picture: Image.Image, file: Path) -> None:
     """Write a PNG, or a JPEG, reduced where a side exceeds what the format can hold."""
     if file.suffix != ".png" and max(picture.size) > _MAX_JPEG_SIDE:
         picture.thumbnail((_MAX_JPEG_SIDE, _MAX_JPEG_SIDE))
     file.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if file.suffix == ".png" else "JPEG", quality=92)
-    write_atomically(file, buffer.getvalue())
+    write_atomically(file, encode_picture(picture, "PNG" if file.suffix == ".png" else "JPEG", quality=92))

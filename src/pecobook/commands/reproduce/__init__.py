@@ -43,8 +43,6 @@ from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import SHARED_WAIT, OutputFolder, check_new_file
 from pecobook.utils.printer import show
 
-__all__ = ["ReproduceConfig", "reproduce"]
-
 
 def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     """Train the missing runs; write `tables.md`, `tables.csv`, pictures and `report.html`; return the Markdown file.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pecobook.analysis.charts import read_metrics
 from pecobook.commands.jobs import Job, gpu_slots, run_all, seconds_of
 from pecobook.commands.reproduce.listing import kind_of
 from pecobook.commands.reproduce.plan import Plan
@@ -14,7 +13,7 @@ from pecobook.recipes import RECIPES
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
-from pecobook.utils.json_files import WHOLE, is_number, read_if_valid, read_json
+from pecobook.utils.json_files import WHOLE, is_number, read_if_valid, read_json, read_metrics
 from pecobook.utils.printer import show
 
 _STEPS = 4
@@ -35,12 +34,7 @@ images, but part of the time does not depend on the number of images."""
 
 
 def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
-    """Return a text on how long the unfinished jobs will take.
-
-    Args:
-        plan: the jobs.
-        seconds: seconds of a step or of a small analysis by kind, as `rehearse` returns them.
-    """
+    """Return a text on how long the unfinished jobs will take, given the seconds that `rehearse` returns."""
     unfinished = {name: job for name, job in plan.jobs.items() if not job.finished}
     if {kind_of(name) for name, job in unfinished.items() if job.command in _REHEARSED} - seconds.keys():
         return "how long it takes will be known after a few steps of each kind of run"

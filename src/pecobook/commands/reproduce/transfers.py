@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pecobook.analysis.charts import read_metrics
 from pecobook.commands.jobs import Job
 from pecobook.commands.paper_tables import ATTACKED, CLIPS
 from pecobook.commands.predict.robustness import read_accuracy
@@ -22,6 +21,7 @@ from pecobook.data.dense.segmentation import open_segmentation
 from pecobook.data.source import Splits
 from pecobook.errors import PecobookError
 from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.utils.json_files import read_metrics
 
 TRANSFERS: dict[str, dict[str, str]] = {
     "classifier": {"finetuned": "evaluation/top1"},

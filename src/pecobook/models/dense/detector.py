@@ -33,7 +33,7 @@ from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
 from pecobook.models.snippets import quoted, read_image_call
 from pecobook.settings.detect import DetectorConfig
-from pecobook.utils.images import check_pixels, fitted_size, resize
+from pecobook.utils.images import Normalised, check_pixels, fitted_size, resize
 
 MASK_SIDE = 28
 _ANCHOR = 8  # side of an anchor, in strides of the level
@@ -104,7 +104,7 @@ def shift_half_pixel(masks: Tensor) -> Tensor:
     return (padded[:, 1:, 1:] + padded[:, :-1, 1:] + padded[:, 1:, :-1] + padded[:, :-1, :-1]) / 4
 
 
-class Detector(Exported):
+class Detector(Normalised, Exported):
     """An object detector for uint8 images of any size.
 
     Args:
@@ -119,8 +119,6 @@ class Detector(Exported):
 
     kind = "detector"
     trained_by = "detect"
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -140,8 +138,7 @@ class Detector(Exported):
         self.fpn = FeaturePyramidNetwork(list(pyramid.channels), config.width, extra_blocks=LastLevelMaxPool())
         self.proposals = _build_proposal_network((*pyramid.strides, 2 * pyramid.strides[-1]), config)
         self.heads = _build_heads(pyramid.strides, len(self.classes) + 1, masks, config)
-        self.register_buffer("mean", torch.tensor(pyramid_settings["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(pyramid_settings["std"])[:, None, None], persistent=False)
+        self.set_normalisation(pyramid_settings["mean"], pyramid_settings["std"])
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Return losses in training mode, detections in evaluation mode.
@@ -176,7 +173,7 @@ class Detector(Exported):
         height, width = (-(-max(side) // stride) * stride for side in zip(*sizes, strict=True))
         batch = self.mean.new_zeros(len(images), 3, height, width)
         for target, image in zip(batch, images, strict=True):
-            target[:, : image.shape[1], : image.shape[2]] = (image.float() / 255 - self.mean) / self.std
+            target[:, : image.shape[1], : image.shape[2]] = self.normalise(image.float() / 255)
         return ImageList(batch, sizes)
 
     @torch.no_grad()

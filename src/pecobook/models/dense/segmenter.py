@@ -19,7 +19,7 @@ from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
 from pecobook.models.snippets import quoted, read_image_call
 from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
-from pecobook.utils.images import check_pixels, fitted_size, resize, to_float
+from pecobook.utils.images import Normalised, check_pixels, fitted_size, resize, to_float
 
 POOL_SIZES = (1, 2, 3, 6)  # sides of the pooled maps, cells
 MAX_SCORES = 50_000_000  # number of interpolated scores that are stored at once
@@ -86,7 +86,7 @@ class FCNHead(nn.Sequential):
         super().__init__(conv_norm_relu(channels, width, 3), nn.Conv2d(width, num_classes, 1))
 
 
-class Segmenter(Exported):
+class Segmenter(Normalised, Exported):
     """A semantic segmentation model: a feature pyramid with an UperNet head.
 
     Args:
@@ -99,8 +99,6 @@ class Segmenter(Exported):
 
     kind = "segmenter"
     trained_by = "segment"
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -118,8 +116,7 @@ class Segmenter(Exported):
         self.auxiliary = FCNHead(pyramid.channels[2], auxiliary_width, len(classes)) if auxiliary_width else None
         for module in (self.head, self.auxiliary):
             _initialise(module)
-        self.register_buffer("mean", torch.tensor(pyramid_settings["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(pyramid_settings["std"])[:, None, None], persistent=False)
+        self.set_normalisation(pyramid_settings["mean"], pyramid_settings["std"])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map images to class scores.
@@ -131,7 +128,7 @@ class Segmenter(Exported):
             scores (B, C, H / s, W / s) with the stride s of the finest map, and H and W padded to whole patches; scores
             of the auxiliary head, or None in evaluation mode.
         """
-        maps = self.pyramid((images - self.mean) / self.std)
+        maps = self.pyramid(self.normalise(images))
         auxiliary = self.auxiliary(maps[2]) if self.training and self.auxiliary is not None else None
         return self.head(maps), auxiliary
 
