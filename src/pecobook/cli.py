@@ -300,8 +300,13 @@ def _recipe_name(args: list[str]) -> str:
 def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """Return `config` with the values of the flags in `args`. Raises ConfigError.
 
-    With --help or --help-all in `args`, print the help and raise SystemExit. `prog` is the command and its recipe;
-    `unused` are further flags, with the types of their values, that may be given and have no effect.
+    With --help or --help-all in `args`, print the help and raise SystemExit.
+
+    Args:
+        config: settings with the default values.
+        args: words of the command line.
+        prog: the command and its recipe.
+        unused: further flags, with the types of their values, that may be given and have no effect.
     """
     command, _, recipe = prog.partition(" ")
     if {"-h", "--help", "--help-all"} & set(args):
@@ -329,8 +334,11 @@ def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = M
 def read_flags(args: list[str], types: dict[str, Any], command: str, problems: list[str]) -> dict[str, Any]:
     """Convert `--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, texts or bool}.
 
-    `types` holds the type of the value of each flag. A message is added to `problems` for each unknown flag and each
-    flag with a wrong number of values.
+    Args:
+        args: words of the command line.
+        types: type of the value of each flag, as of `settings.values.flags`.
+        command: name of the command, for error messages.
+        problems: list to which a message is added for each unknown flag and each flag with a wrong number of values.
     """
     values: dict[str, Any] = {}
     position = 0

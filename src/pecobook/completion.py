@@ -43,7 +43,12 @@ class Names(NamedTuple):
 
 
 def script(shell: str, commands: Mapping[str, str]) -> str:
-    """Return the script for a shell, given the description of every command. Raises ConfigError for another shell."""
+    """Return the script for `shell`.
+
+    Args:
+        shell: bash, zsh or fish; ConfigError for another shell.
+        commands: every command of pecobook with a description.
+    """
     if shell not in SHELLS:
         raise ConfigError(f"Completion is written for {', '.join(SHELLS)}, not '{shell}'.{did_you_mean(shell, SHELLS)}")
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)

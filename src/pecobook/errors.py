@@ -131,7 +131,12 @@ def counted(number: int, unit: str) -> str:
 
 
 def grouped(problems: Iterable[tuple[str, str]], more: str) -> tuple[str, ...]:
-    """Return the first text of each kind of problem, with the number of further ones and the words `more` behind it."""
+    """Return the first text of each kind of problem, with the number of further ones.
+
+    Args:
+        problems: kind and text of each problem.
+        more: words behind that number, such as "more alike".
+    """
     texts: dict[str, list[str]] = {}
     for kind, text in problems:
         texts.setdefault(kind, []).append(text)
@@ -139,9 +144,12 @@ def grouped(problems: Iterable[tuple[str, str]], more: str) -> tuple[str, ...]:
 
 
 def listed(lines: Sequence[str], most: int | None = 10, *, further: int = 0) -> str:
-    """Return the first lines, or all for `most` None, as one text, with the number of the rest at the end.
+    """Return the first lines as one text, with the number of the rest at the end.
 
-    `further` lines were left out already.
+    Args:
+        lines: the lines.
+        most: number of lines that are returned; None returns all.
+        further: number of lines that were left out already.
     """
     further += len(lines) - len(lines[:most])
     return "\n".join([*lines[:most], *([f"... and {further:,} more"] if further else [])])

@@ -20,9 +20,12 @@ _CONFIG = "Read settings from the config.json of a run; flags change single ones
 
 
 def page(command: str, config: Any, recipe: str = "") -> str:
-    """Return the short help of a command, at most 40 lines of 100 columns, with the settings as defaults.
+    """Return the short help of a command, at most 40 lines of 100 columns.
 
-    `recipe` is the name of the recipe of these settings, where there is one.
+    Args:
+        command: name of the command, a key of `COMMANDS`.
+        config: settings whose values are shown as defaults.
+        recipe: name of the recipe of these settings, where there is one.
     """
     content, lines = COMMANDS[command], _usage(command, config)
     if command in RECIPES:

@@ -29,10 +29,19 @@ def attack(
     steps: int,
     momentum: float = 0.0,
 ) -> Tensor:
-    """Attack a classifier whose gradient is known: return images nowhere farther than `eps` from `images`.
+    """Attack a classifier whose gradient is known.
 
-    The classifier maps float images (B, C, H, W) in [0, 1] to logits (B, K), and treats every image alone. A step
-    changes a value by `step`; `momentum` is the decay of the running sum of gradients, 0 for BIM.
+    Args:
+        classifier: maps float images (B, C, H, W) in [0, 1] to logits (B, K); it treats every image alone.
+        images: float (B, C, H, W) in [0, 1].
+        labels: int64 (B,), the true classes.
+        eps: largest change of a value.
+        step: change of a value in one step.
+        steps: number of steps.
+        momentum: decay of the running sum of gradients; 0 is BIM.
+
+    Returns:
+        float (B, C, H, W) in [0, 1], nowhere farther than `eps` from `images`.
     """
     lowest, highest = (images - eps).clamp_min(0), (images + eps).clamp_max(1)
     attacked, accumulated = images, torch.zeros_like(images)

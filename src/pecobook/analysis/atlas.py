@@ -72,8 +72,13 @@ def make_atlas(
     """Arrange the codewords in use by the similarity of their vectors, and choose a patch for each.
 
     The patch of a codeword is the one nearest to the mean of all its patches, so it is typical and not drawn at random.
-    The images are float (N, 3, H, W) in [0, 1], or uint8; `shares` are the classes of the codewords (see
-    `class_shares`), None without labels. Equal arguments give equal atlases.
+
+    Args:
+        images: float (N, 3, H, W) in [0, 1], or uint8.
+        codes: their codes, int64 (N, h, w).
+        codebook: float (K, D).
+        shares: the classes of the codewords (see `class_shares`); None without labels.
+        seed: seed of the arrangement. Equal arguments give equal atlases.
     """
     typical, colours = _typical_patches(images, codes, len(codebook))
     patch = -(-images.shape[-1] // codes.shape[2])
@@ -98,10 +103,16 @@ def arrange(
     *,
     seed: int = 0,
 ) -> Atlas:
-    """Arrange codewords by the similarity of their vectors, the rows of the codebook (K, D).
+    """Arrange codewords by the similarity of their vectors.
 
-    `colours` (K, 3) in 0..255 are the means of the codewords' patches, `patch` is the side of a patch in pixels, and
-    `tile` returns the tile (t, t, 3) of a codeword, given the codeword and t.
+    Args:
+        found: the patches of all images.
+        codebook: float (K, D).
+        colours: mean colours of the codewords' patches, (K, 3) in 0..255.
+        patch: side of a patch in pixels.
+        tile: returns the tile (t, t, 3) of a codeword, given the codeword and t.
+        shares: the classes of the codewords.
+        seed: seed of the arrangement.
     """
     used, num_places = np.flatnonzero(found.counts), found.grid[0] * found.grid[1]
     plane = project_to_plane(codebook.detach().float().cpu()[torch.from_numpy(used)], seed=seed)

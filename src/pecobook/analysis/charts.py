@@ -120,8 +120,12 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
 def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None = None) -> bytes:
     """Draw accuracies in percent as points with bars of one standard error to each side, in one panel per probe.
 
-    All panels share one axis, so that they can be compared by eye. `panels` holds the scores of each panel, top row
-    first, by the panel's title. A dashed line shows the score of chance, where it is given.
+    All panels share one axis, so that they can be compared by eye.
+
+    Args:
+        panels: the scores of each panel, top row first, by the panel's title; include the control, and the untrained
+            network if there is one.
+        chance: the score of chance, drawn as a dashed line; None draws no line.
     """
     sizes = [max(len(scores), 1) for scores in panels.values()]
     figure = new_figure(_WIDTH, sum(0.36 * size + 0.55 for size in sizes) + 0.3)

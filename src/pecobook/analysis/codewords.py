@@ -219,10 +219,16 @@ def one_per_image_first(image: NDArray[Any], rng: np.random.Generator) -> NDArra
 
 
 def gallery_patch(image: int, pixels: Tensor, grid: tuple[int, ...], row: int, column: int) -> GalleryPatch:
-    """Cut the patch at `row` and `column` of the code grid out of the image of index `image`.
+    """Cut one patch out of an image, with surroundings of the patch's size on each side.
 
-    The patch has surroundings of its size on each side; at the border of the image the window moves inwards. `pixels`
-    are those of the image, (3, H, W), float in [0, 1] or uint8.
+    At the border of the image the window moves inwards.
+
+    Args:
+        image: index of the image.
+        pixels: the image, (3, H, W), float in [0, 1] or uint8.
+        grid: rows and columns of the code grid.
+        row: row of the patch in the grid.
+        column: column of the patch in the grid.
     """
     height, width = pixels.shape[-2:]
     patch_h, patch_w = height / grid[0], width / grid[1]

@@ -25,8 +25,10 @@ def confusion_picture(labels: Array, predictions: Array, classes: tuple[str, ...
 def matrix_picture(counts: Array, classes: tuple[str, ...], unit: str = "images") -> bytes:
     """Draw a confusion matrix as a PNG, with the names of the classes if there are few classes.
 
-    `counts` (C, C) tells how often each class (row) was predicted as each class (column), in images or another `unit`.
-    Each row is drawn as shares.
+    Args:
+        counts: (C, C), how often each class (row) was predicted as each class (column). Each row is drawn as shares.
+        classes: names of the classes.
+        unit: what is counted, for the title.
     """
     matrix = as_numpy(counts)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

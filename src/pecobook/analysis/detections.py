@@ -28,9 +28,13 @@ _MAX_DETECTIONS = 100  # per image, as in COCO
 def coco_results(
     image_id: int, size: tuple[int, int], detections: Detections, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Convert the detections on one image of `size` (height, width), with scores above 0, to the COCO results format.
+    """Convert the detections on one image to the COCO results format.
 
-    `image_id` is the id of the image in the annotations, and `category_ids` are those of the classes, in their order.
+    Args:
+        image_id: the id of the image in the annotations.
+        size: height and width of the image in pixels.
+        detections: detections in pixels of the image, with scores above 0.
+        category_ids: category ids of the classes, ordered by label.
     """
     from pycocotools import mask as coco
 
@@ -54,8 +58,14 @@ def average_precision(
     ap is the mean over IoU 0.5 to 0.95; ap50 and ap75 use one IoU. ap_small, ap_medium and ap_large are for objects
     below 32^2 pixels, below 96^2 pixels, and above. ar_1, ar_10 and ar are the average recall with 1, 10 and all
     detections per image; ar_small, ar_medium and ar_large are for objects of these sizes. A metric for which there is
-    no object is omitted. `truth` (images, annotations, categories) and `results` are in COCO's formats, and `kind` is
-    "bbox" or "segm". Of an image at most `max_detections` count, and at least 100, as in COCO.
+    no object is omitted.
+
+    Args:
+        truth: images, annotations and categories in the COCO format.
+        results: detections in the COCO results format.
+        kind: "bbox" or "segm".
+        max_detections: maximum number of detections per image that count; values below 100 (as in COCO) are raised to
+            100.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -85,8 +95,13 @@ def evaluate_detections(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Compute the metrics of `average_precision` for boxes (prefix `box_`) and masks (prefix `mask_`).
 
-    `detected` holds each image of the source once, by its index. Returns the metrics, in percent, and the detections in
-    the COCO results format.
+    Args:
+        source: the source of the images.
+        detected: pairs of an image's index and the detections on the image, each image once.
+        max_detections: maximum number of detections per image that count.
+
+    Returns:
+        the metrics in percent, and the detections in the COCO results format.
     """
     indices: list[int] = []
     results: list[dict[str, Any]] = []

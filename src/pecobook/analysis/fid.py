@@ -3,7 +3,7 @@
 torch-fidelity computes the distance; here are the sums that replace its arrays of the features of all images, so that
 the memory does not grow with the number of images.
 
-B images of a batch, F features, C classes.
+B images of a batch, F features, C classes, S splits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.utils.devices import widest
-
-_SPLITS = 10
 
 
 class Gaussian(NamedTuple):
@@ -70,19 +68,23 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 class InceptionScore:
     """The Inception score over splits of shuffled images, as torch-fidelity defines it: 10 splits, seed 2020.
 
-    A split needs the sum of its images' probabilities and of their negative entropies alone. Of the `num_images` that
-    are asked for, those that cannot be read leave their places empty.
+    A split needs the sum of its images' probabilities and of their negative entropies alone. Images that cannot be read
+    leave their places empty.
+
+    Args:
+        num_images: number of images that will be asked for.
+        splits: S.
     """
 
-    def __init__(self, num_images: int) -> None:
+    def __init__(self, num_images: int, splits: int = 10) -> None:
         order = np.random.RandomState(2020).permutation(num_images)
         split = np.empty(num_images, dtype=np.int64)
-        for number in range(_SPLITS):
-            start, stop = number * num_images // _SPLITS, (number + 1) * num_images // _SPLITS
+        for number in range(splits):
+            start, stop = number * num_images // splits, (number + 1) * num_images // splits
             split[order[start:stop]] = number
         self._split = torch.from_numpy(split)
-        self._counts = torch.zeros(_SPLITS, dtype=torch.float64)
-        self._entropies = torch.zeros(_SPLITS, dtype=torch.float64)
+        self._counts = torch.zeros(splits, dtype=torch.float64)
+        self._entropies = torch.zeros(splits, dtype=torch.float64)
         self._sums: Tensor | None = None
 
     def add(self, logits: Tensor, places: Tensor) -> None:

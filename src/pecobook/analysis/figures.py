@@ -80,9 +80,11 @@ def class_words(share: ClassShare | None) -> str:
 
 
 def matches_picture(queries: Sequence[GalleryPatch], columns: Sequence[tuple[str, Sequence[GalleryRow]]]) -> bytes:
-    """Draw query patches, one a row, and beside each the patches that share its codeword, in one column per codebook.
+    """Draw query patches, and beside each the patches that share its codeword, in one column per codebook.
 
-    `columns` holds the name of each codebook, with the codeword of each query (see `matches`).
+    Args:
+        queries: one patch per row of the picture.
+        columns: the name of each codebook, with the codeword of each query (see `matches`).
     """
     across, down, step, head, label = 3, 2, 1 + 2 * _GAP, 0.75, 0.42
     width = down * step + len(columns) * (across * step + 0.35)

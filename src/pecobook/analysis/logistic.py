@@ -23,9 +23,14 @@ _VALUES = 2**24
 
 
 class LogisticRegression:
-    """A classifier by a linear map of D = `dim` features; `rows` reads those of the training images.
+    """A classifier by a linear map of features.
 
-    The labels, int64 (N,), hold at least two classes; `c` is the inverse regularisation C.
+    Args:
+        rows: the training features.
+        labels: their classes, int64 (N,), at least two different ones.
+        dim: D.
+        c: inverse regularisation C.
+        max_iter: largest number of iterations of L-BFGS.
     """
 
     def __init__(self, rows: Rows, labels: NDArray[np.int64], dim: int, *, c: float, max_iter: int) -> None:

@@ -169,7 +169,12 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
 
     Images count, not patches: the patches of an image are not independent. A class is evidence if at least `MIN_IMAGES`
     of its images have the codeword, and the probability of so many by chance, by the binomial distribution, is below
-    0.05 after Bonferroni's correction for all classes and all codewords in use. `labels` is int (N,).
+    0.05 after Bonferroni's correction for all classes and all codewords in use.
+
+    Args:
+        found: the patches of N images.
+        labels: the class of each image, int (N,).
+        num_classes: C.
     """
     from scipy.special import bdtrc
 

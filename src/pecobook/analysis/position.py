@@ -73,8 +73,12 @@ def information_given_position(codes: Array, values: Array, *, seed: int = 0) ->
     """Return the information of codes about values at the same position, as a share of the entropy there, in [0, 1].
 
     The mutual information is computed at each position and averaged. The estimate for codes that are permuted between
-    images, which keep their positions, is subtracted, as in `semantics.information`. `values` are int from 0, with the
-    shape of `codes`, and `seed` determines the permutations.
+    images, which keep their positions, is subtracted, as in `semantics.information`.
+
+    Args:
+        codes: int (N, h, w).
+        values: int from 0, with the shape of `codes`.
+        seed: seed of the permutations.
     """
     flat, targets = (as_numpy(array).reshape(len(codes), -1) for array in (codes, values))
 
@@ -116,10 +120,17 @@ def checkerboard(grid: tuple[int, int]) -> Tensor:
 
 
 def opposite_halves(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return one half of the positions of `train` (M, P / 2), and the other half of `test` (N, P / 2).
+    """Return the codes of one half of the positions of some images, and those of the other half of other images.
 
     A probe that learns from the first and is tested on the second has its position removed: codes that have a meaning
-    at a single position do not help it. The result is None for fewer than two positions in a half.
+    at a single position do not help it.
+
+    Args:
+        train: int (M, h, w).
+        test: int (N, h, w).
+
+    Returns:
+        int (M, P / 2) and (N, P / 2); None for fewer than two positions in a half.
     """
     half = checkerboard((train.shape[1], train.shape[2]))
     return (train[:, half], test[:, ~half]) if min(int(half.sum()), int((~half).sum())) >= 2 else None
@@ -128,8 +139,12 @@ def opposite_halves(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor] | None
 def commonest_code_accuracy(train_codes: Tensor, codes: Tensor, mask: Tensor) -> float:
     """Return the percentage of masked codes that are the most frequent code of their position in other images.
 
-    A masked model that predicts no better has learned nothing but where in the image a code occurs. `train_codes`
-    (M, h, w) are those of the other images; in the mask, bool (N, h, w), True = masked.
+    A masked model that predicts no better has learned nothing but where in the image a code occurs.
+
+    Args:
+        train_codes: int64 (M, h, w), codes of other images.
+        codes: int64 (N, h, w).
+        mask: bool (N, h, w), True = masked.
     """
     columns = as_numpy(train_codes).reshape(len(train_codes), -1).T  # (P, M)
     commonest = torch.tensor([np.bincount(column).argmax() for column in columns]).view(codes.shape[1:])
@@ -137,9 +152,16 @@ def commonest_code_accuracy(train_codes: Tensor, codes: Tensor, mask: Tensor) ->
 
 
 def position_baseline(codes: Tensor, mask: Tensor) -> float | None:
-    """Return `commonest_code_accuracy`, where the images with even and with odd indices predict each other.
+    """Return the percentage of masked codes that are the most frequent code of their position in other images.
 
-    Equally many patches are masked in each image. The result is None for a single image.
+    The images with even indices and the images with odd indices predict each other.
+
+    Args:
+        codes: int64 (N, h, w).
+        mask: bool (N, h, w), True = masked; equally many patches are masked in each image.
+
+    Returns:
+        the percentage, or None for a single image.
     """
     if len(codes) < 2:
         return None

@@ -195,7 +195,10 @@ def binomial_error(accuracy: float, number: int) -> float:
 def wilson_interval(accuracy: float, number: int, *, errors: float = 1.96) -> tuple[float, float]:
     """Return Wilson's interval, in percent, of an `accuracy` in percent on `number` images.
 
-    `errors` is half the width of the interval in standard errors; 1.96 gives 95% confidence.
+    Args:
+        accuracy: share of the images that are right, in percent.
+        number: number of images.
+        errors: half the width of the interval in standard errors; 1.96 gives 95% confidence.
     """
     share = min(max(accuracy / 100, 0.0), 1.0)
     square = errors**2 / number

@@ -25,8 +25,12 @@ def effective_rank(features: Tensor) -> float:
 def feature_scores(train: tuple[Tensor, Tensor | None], test: tuple[Tensor, Tensor | None]) -> dict[str, float]:
     """Return `rank`, the effective rank of training features, and the accuracies `knn` and `linear` in percent.
 
-    Both parts are features (N, F) and labels (N,); None for labels leaves the accuracies out. There are no scores where
-    a feature is no finite number, or where a part has no images.
+    Args:
+        train: features (N, F) and labels (N,) of training images; None for labels leaves the accuracies out.
+        test: the same of held-out images.
+
+    Returns:
+        no scores where a feature is no finite number, or where a part has no images.
     """
     (train_x, train_y), (test_x, test_y) = train, test
     if not (len(train_x) and len(test_x) and train_x.isfinite().all() and test_x.isfinite().all()):

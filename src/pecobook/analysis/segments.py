@@ -17,7 +17,10 @@ Picture = npt.NDArray[np.uint8]
 def count_pixels(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     """Count the pixels of each class (row) that were predicted as each class (column): int64 (C, C).
 
-    Both pictures are int (H, W); pixels whose truth is `IGNORE` are not counted.
+    Args:
+        predicted: int64 (H, W).
+        truth: int (H, W); pixels with `IGNORE` are not counted.
+        num_classes: C.
     """
     counted = truth != IGNORE
     pairs = truth[counted].long() * num_classes + predicted[counted].long()
@@ -50,9 +53,15 @@ def palette(count: int) -> Picture:
 
 
 def overlay(image: Tensor, classes: Tensor, strength: float = 0.55) -> Tensor:
-    """Draw classes, int (H, W), over an image, uint8 (3, H, W), as colours of an opacity `strength` in [0, 1].
+    """Draw classes as transparent colours over an image.
 
-    Pixels with negative values stay unchanged.
+    Args:
+        image: uint8 (3, H, W).
+        classes: int (H, W); pixels with negative values stay unchanged.
+        strength: opacity of the colours, in [0, 1].
+
+    Returns:
+        uint8 (3, H, W).
     """
     colours = torch.from_numpy(palette(int(classes.max().clamp_min(0)) + 1)).float()
     painted = colours[classes.long().clamp_min(0)].permute(2, 0, 1)  # (3, H, W)

@@ -64,8 +64,13 @@ def information(codes: Array, values: Array, num_codes: int, *, seed: int = 0) -
 
     With many codes and few images, the plug-in estimate is far too high, especially because the patches of an image
     share codes and values. The estimate for codes that are permuted between images, which contain no information, is
-    therefore subtracted. The permutations depend only on the seed and the number of images, not on the values, which
-    are int from 0 and have the shape of the codes: any, with the images as the first dimension.
+    therefore subtracted. The permutations depend only on the seed and the number of images, not on the values.
+
+    Args:
+        codes: int, with the images as the first dimension.
+        values: int from 0, with the shape of `codes`.
+        num_codes: number of codewords.
+        seed: seed of the permutations.
     """
     codes, values = as_numpy(codes), as_numpy(values)
     num_values = int(values.max()) + 1

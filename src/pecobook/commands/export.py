@@ -152,7 +152,11 @@ def _architecture(
 ) -> tuple[str, dict[str, Tensor]]:
     """Return the name of transformers' class for the weights, and the weights under the names of this class.
 
-    `state` holds the weights of the network under timm's names, `body` those without the head under transformers'.
+    Args:
+        config: names the run.
+        network: the network of the run.
+        state: its weights, under timm's names.
+        body: the same weights without the head, under transformers' names.
     """
     norm = {name: value for name, value in body.items() if name.startswith("layernorm.")}
     encoder = {f"beit.{name}": value for name, value in body.items() if name not in norm}

@@ -85,9 +85,14 @@ class _Rows:
 def extract(
     source: ImageSource, size: int, max_images: int, feature_function: FeatureFunction, description: str
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Extract features of central crops of `size` pixels batch by batch, so that one batch of pixels is in memory.
+    """Extract features of central crops batch by batch, so that only one batch of pixels is in memory; show progress.
 
-    A fixed permutation chooses at most `max_images`. The progress has the description as its text.
+    Args:
+        source: images.
+        size: side of the crops, pixels.
+        max_images: largest number of images; a fixed permutation chooses them.
+        feature_function: computes the features of one batch.
+        description: text of the progress line.
 
     Returns:
         name to features (N, ...), real numbers in half precision where they fit; and labels int64 (N,), or None when

@@ -178,8 +178,14 @@ def probe_features(
     """Choose the best of several sets of features on a validation part of training, and run both probes on it.
 
     Where there is a set `... class` for a set `... mean`, their concatenation `... mean + class` is a candidate too.
-    Both parts map the name of a set to features (N, F), with labels int64 (N,). `layers` is the result of
-    `layer_accuracies`, where the best was chosen before; None chooses here.
+
+    Args:
+        train: name of a set to features (N, F) of the training images.
+        test: name of a set to features (M, F) of the test images.
+        train_labels: int64 (N,).
+        test_labels: int64 (M,).
+        seed: seed of the validation part.
+        layers: result of `layer_accuracies`, where the best was chosen before; None chooses here.
 
     Returns:
         {"linear", "knn"}, each with accuracy and standard_error (percent), features (the chosen set), correct

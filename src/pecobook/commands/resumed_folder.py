@@ -20,8 +20,11 @@ from pecobook.utils.printer import show
 def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
     """Return the rules for the folder of a command that resumes its jobs where the folder has the same settings.
 
-    The marker holds the settings, which must not change; `defaults` are their default values, and `rules` are further
-    fields of `OutputFolder`.
+    Args:
+        out: the folder.
+        settings: settings that must not change when the command resumes; the marker holds them.
+        defaults: default values of these settings.
+        rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
     """
 
     def check_unchanged(old: dict[str, Any]) -> None:
@@ -39,7 +42,11 @@ def begin_or_resume(
 ) -> FolderLock:
     """Begin the folder, or continue it if its data are those with which it was begun; return its lock.
 
-    `folder` and `settings` are those of `resumed_folder`.
+    Args:
+        folder: as of `resumed_folder`.
+        config: the settings of the command.
+        splits: the images of --data.
+        settings: the content of the marker.
 
     Raises:
         RunFolderError: the folder cannot be used, or the data have changed and the change is not accepted.

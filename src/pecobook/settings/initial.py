@@ -23,8 +23,12 @@ _RUN: Schema = {"command": TEXT, "model": OBJECT}
 def network_of(changes: dict[str, Any], command: str) -> dict[str, Any]:
     """Return name and arguments of the backbone that `init` in `changes` names, for contrast or pretrain.
 
-    A run of this command has the network as it was trained, any other run as it was exported. A ViT of `contrast`
-    keeps the positions of other weights and learns them. `changes` are the settings that the user gave.
+    A run of the same command has the network as it was trained, any other run as it was exported. A ViT of `contrast`
+    keeps the positions of other weights and learns them.
+
+    Args:
+        changes: the settings that the user gave.
+        command: name of the command that starts.
     """
     init = str(changes.get("init") or "")
     if not init or "name" in _given(changes):

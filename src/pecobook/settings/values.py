@@ -185,7 +185,11 @@ def _flags(config_type: type[Any], prefix: str) -> dict[str, Any]:
 def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> list[str]:
     """Return the flags that turn `default` into `config`; `shlex.join` makes a line of them that a shell reads so.
 
-    The flags `always` are written even if their value is the default's, and the flags `never` are left out.
+    Args:
+        config: settings.
+        default: settings of the same type.
+        always: names of flags that are written even if their value is the default's.
+        never: names of flags that are left out.
     """
     words: list[str] = []
     for name in flags(type(config)):

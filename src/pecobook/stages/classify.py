@@ -57,7 +57,10 @@ def kind_of(config: FinetuneConfig) -> Kind:
 class ClassifyStage(Normalised, Stage[FinetuneConfig]):
     """A backbone with a linear head on its mean-pooled patch features, of images or of clips (`models.video`).
 
-    Without a backbone it loads that of the settings.
+    Args:
+        config: all settings.
+        classes: names of the classes.
+        backbone: the backbone of the settings; None loads it.
     """
 
     command = "finetune"

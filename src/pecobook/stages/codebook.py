@@ -54,8 +54,10 @@ Frozen: TypeAlias = PerceptualDistance | PerceptualSum | FeatureTarget
 class CodebookStage(Stage[CodebookConfig]):
     """The tokenizer, the frozen perceptual network and the loss.
 
-    The number of classes is for the classification loss of Table 6. Without `frozen` the stage builds the perceptual
-    distance, or the target, of the settings.
+    Args:
+        config: all settings.
+        num_classes: number of classes of the labels, for the classification loss of Table 6.
+        frozen: the perceptual distance, or the target, of the settings; None builds it.
     """
 
     command = "codebook"

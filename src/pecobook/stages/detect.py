@@ -41,7 +41,11 @@ class DetectStage(Stage[DetectConfig]):
     micro-batch, as in torchvision, so with accumulation an image counts more for it beside an image with few objects.
     The number of these regions in the whole step is known only after a forward pass of all its parts.
 
-    Without `networks` the stage builds the feature pyramid of the settings and its backbone.
+    Args:
+        config: all settings.
+        train: the training images.
+        evaluation: the held-out images.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
     """
 
     command = "detect"

@@ -41,7 +41,13 @@ _SAMPLED_MASKS = 64  # masks of each split that are read with --no-verify
 
 
 class SegmentStage(Stage[SegmentConfig]):
-    """A segmenter and its loss; without `networks` it builds the feature pyramid of the settings and its backbone."""
+    """A segmenter and its loss.
+
+    Args:
+        config: all settings.
+        classes: names of the classes.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
+    """
 
     command = "segment"
     has_one_size = False  # images are evaluated whole

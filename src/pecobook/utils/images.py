@@ -35,7 +35,10 @@ _OVERSHOOT = 0.5  # of images that were resized with a bicubic filter and not cl
 def check_shape(images: Any, channels: Sequence[int], stride: int = 1) -> None:
     """Raise ValueError unless images are a tensor (B, C, H, W) whose sides are multiples of the stride, and not 0.
 
-    `channels` are the values of C that are possible.
+    Args:
+        images: the images.
+        channels: the values of C that are possible.
+        stride: divisor of the sides.
     """
     numbers = " or ".join(map(str, channels))
     if not isinstance(images, Tensor):

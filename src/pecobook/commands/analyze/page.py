@@ -44,11 +44,17 @@ def compose(
     subtitle: str = "",
     atlases: Mapping[str, Atlas] | None = None,
 ) -> Report:
-    """Compose the report from the contents of `analysis.json` and the pictures, which are PNG bytes by file name.
+    """Compose the report from the contents of `analysis.json` and the pictures.
 
-    With `comparisons` the results are those of `pecobook demo` (see `comparing`). `cost` holds the name and the seconds
-    of each step of the run, `atlases` the atlas of each tokenizer by its name. An empty title or subtitle becomes one
-    of the number and the names of the tokenizers.
+    Args:
+        results: the contents of `analysis.json`, or, with `comparisons`, the results of `pecobook demo` (see
+            `comparing`).
+        pictures: PNG bytes by file name.
+        cost: name and seconds of each step of the run.
+        settings: settings, which are shown as JSON.
+        title: title of the page; if empty, the title contains the number of tokenizers.
+        subtitle: subtitle of the page; if empty, the subtitle lists the tokenizers.
+        atlases: the atlas of each tokenizer by its name.
     """
     tokenizers: Tokenizers = results["tokenizers"]
     number = len(tokenizers)

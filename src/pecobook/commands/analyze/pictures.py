@@ -60,8 +60,15 @@ def pictures_of(
 ) -> tuple[dict[str, bytes], Atlas]:
     """Draw galleries of patches, the map of positions, and the atlas, by kind; return the atlas too.
 
-    Images are float (N, 3, S, S) in [0, 1], with codes int64 (N, h, w), labels int64 (N,) or None, and the names of the
-    labels, `classes`. The `requested` codewords certainly get a gallery; others are drawn at random with the seed.
+    Args:
+        tokenizer: the tokenizer.
+        images: float (N, 3, S, S) in [0, 1].
+        codes: codes of the images, int64 (N, h, w).
+        labels: int64 (N,), or None.
+        usage: usage of the codebook by the codes.
+        classes: names of the labels.
+        requested: codewords that certainly get a gallery.
+        seed: seed for codewords and patches that are drawn at random.
     """
     codebook = tokenizer.codebook.detach().float().cpu()
     shares = None if labels is None else class_shares(codes, labels, tokenizer.num_codewords, classes)

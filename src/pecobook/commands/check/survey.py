@@ -54,9 +54,12 @@ class _Looks(Dataset[Look]):
 
 
 def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
-    """Look at every image of a source, in `workers` processes; -1 takes one for each core.
+    """Look at every image of a source.
 
-    With `labels` False nothing is learned from the labels, and what is wrong with them is ignored.
+    Args:
+        splits: the opened source.
+        labels: whether labels, where there are any, are learned from; False ignores what is wrong with them.
+        workers: number of processes; -1 takes one for each core.
     """
     total = len(splits.train) + len(splits.evaluation)
     sources = (splits.train, splits.evaluation)
@@ -111,9 +114,12 @@ def _looks(source: ImageSource, workers: int) -> Iterator[Look]:
 
 
 class _Repeats:
-    """Files with equal bytes: within training, and in both splits, by the hashes of the files of their images.
+    """Files with equal bytes: within training, and in both splits.
 
-    A hash of 0 stands for a file that was not read.
+    Args:
+        splits: the opened source.
+        train: a hash of the file of each training image, uint64 (n,); 0 stands for a file that was not read.
+        evaluation: the same of the held-out images.
     """
 
     def __init__(self, splits: Splits, train: Hashes, evaluation: Hashes) -> None:

@@ -60,7 +60,9 @@ class Answer:
 class Images:
     """Held-out images by their number, and visitors' images by a random name; these are in memory alone.
 
-    `sizes` are the sides of the central crops that are needed, pixels.
+    Args:
+        source: the held-out images.
+        sizes: sides of the central crops that are needed, pixels.
     """
 
     def __init__(self, source: ImageSource, sizes: set[int]) -> None:

@@ -321,7 +321,13 @@ class Prediction:
 
 
 def predict(run: MaskedRun, image: Tensor, mask: Tensor) -> Prediction:
-    """Predict the masked patches of an image, uint8 (3, S, S); in the mask, bool (h, w), True = masked."""
+    """Predict the masked patches of an image.
+
+    Args:
+        run: the pre-trained ViT.
+        image: uint8 (3, S, S).
+        mask: bool (h, w), True = masked.
+    """
     x, device = to_float(image)[None], run.mean.device
     with evaluation_mode(run):
         codes = run.encode(x.to(device))
@@ -357,10 +363,17 @@ def prediction_values(prediction: Prediction, mask: Tensor) -> Json:
 
 
 def chance_values(tokenizer: IndexedTokenizer, codes: Tensor, mask: Tensor, without: int | None) -> Json:
-    """Return how many percent of the masked codes (h, w) of an image would be right by chance.
+    """Return how many percent of the masked codes would be right by chance.
 
-    `uniform` is one of K codewords at random; `place` always the most frequent codeword of the place, or None where the
-    codes of the source have another grid. The codes of image number `without` of the source do not count.
+    Args:
+        tokenizer: the tokenizer with the codes of the source.
+        codes: the image's codes, int64 (h, w).
+        mask: bool (h, w), True = masked.
+        without: number of the image in the source, whose own codes do not count; None for another image.
+
+    Returns:
+        `uniform`: one of K codewords at random; `place`: always the most frequent codeword of the place, or None where
+        the codes of the source have another grid.
     """
     others = tokenizer.codes if without is None else tokenizer.codes[tokenizer.rows != without]
     is_comparable = len(others) > 0 and others.shape[1:] == codes.shape

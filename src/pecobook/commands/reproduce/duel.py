@@ -120,10 +120,16 @@ def _budget(
 
 
 class Duel:
-    """The jobs of the duel, and how its figures are read. Raises DataError for images without labels.
+    """The jobs of the duel, and how its figures are read.
 
-    `add` adds a job to the plan, as `Plan.add` does; `run` returns the settings of a training, given base, name, seed
-    and changes, as the plan makes them.
+    Args:
+        config: the command's settings.
+        splits: the images, with labels.
+        add: adds a job to the plan, as `Plan.add` does.
+        run: returns the settings of a training, given base, name, seed and changes, as the plan makes them.
+
+    Raises:
+        DataError: the images have no labels.
     """
 
     def __init__(
@@ -303,7 +309,11 @@ def probe_figures(jobs: Mapping[str, Job], run: str) -> dict[str, float]:
 
 
 def reading(linear: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Return what the study's rule of reading says (docs/study.md) of the linear probe of each arm by seed."""
+    """Return what the study's rule of reading says (docs/study.md).
+
+    Args:
+        linear: the linear probe of each arm by seed.
+    """
     pixel = linear.get("pixel", {})
     controls = {arm: difference(arm, linear.get(arm, {}), pixel) for arm in ("classification", "supervised")}
     measured = {arm: gain.mean for arm, gain in controls.items() if gain.values}

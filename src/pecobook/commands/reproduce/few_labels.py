@@ -28,6 +28,10 @@ def few_labels(splits: Splits, kind: str) -> tuple[Part, Part]:
 
     `few` learns from 100 images of each class and is judged by the test images. `tune` is judged by as many other
     training images; a class of fewer than 200 images is halved for that.
+
+    Args:
+        splits: the images, with labels.
+        kind: `few` or `tune`.
     """
     labels = splits.train.labels
     assert labels is not None

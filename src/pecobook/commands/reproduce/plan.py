@@ -40,7 +40,13 @@ _GIVEN = (
 
 
 class Plan:
-    """The jobs of all rows and seeds."""
+    """The jobs of all rows and seeds.
+
+    Args:
+        config: the command's settings.
+        tables: the tables by name.
+        splits: the images.
+    """
 
     def __init__(self, config: ReproduceConfig, tables: dict[str, PaperTable], splits: Splits) -> None:
         self.config, self.tables, self.splits = config, tables, splits
@@ -150,10 +156,13 @@ class Plan:
         return self.canonical(arm)
 
     def add(self, name: str, command: str, config: Any, *needs: str) -> None:
-        """Add a job unless the plan has it: `name` is `KIND-ARM-SEED`, and the config's `out` is `self.out(name)`.
+        """Add a job unless the plan has it.
 
-        Jobs whose names differ in the seed alone are alike. Of the names of the jobs that it needs, empty ones are left
-        out.
+        Args:
+            name: `KIND-ARM-SEED`; jobs whose names differ in the seed alone are alike.
+            command: the pecobook command that the job runs.
+            config: settings of the command, whose `out` is `self.out(name)`.
+            needs: names of the jobs that must be finished before; empty names are left out.
         """
         self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs))))
 

@@ -34,7 +34,12 @@ images, but part of the time does not depend on the number of images."""
 
 
 def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
-    """Return a text on how long the unfinished jobs will take, given the seconds that `rehearse` returns."""
+    """Return a text on how long the unfinished jobs will take.
+
+    Args:
+        plan: the jobs.
+        seconds: seconds of a step or of a small analysis by kind, as `rehearse` returns them.
+    """
     unfinished = {name: job for name, job in plan.jobs.items() if not job.finished}
     if {kind_of(name) for name, job in unfinished.items() if job.command in _REHEARSED} - seconds.keys():
         return "how long it takes will be known after a few steps of each kind of run"
