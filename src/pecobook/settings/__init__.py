@@ -1,5 +1,5 @@
-"""Settings of the commands, one file for each command: frozen, keyword-only dataclasses with documented fields.
+"""Settings of the commands, one file per command: frozen, keyword-only dataclasses with documented fields.
 
-A field without an explanation is an inherited setting with another default. No module here imports torch, so that every
-`--help` answers at once. Other modules take these objects whole.
+A field without a docstring is an inherited setting with another default. No module here imports torch, so that `--help`
+is instant. Other modules take these objects whole.
 """

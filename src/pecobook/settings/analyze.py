@@ -12,46 +12,46 @@ class AnalyzeConfig(ImagesConfig):
     """Find out what the codewords of one or more tokenizers mean, on your images."""
 
     tokenizer: str = ""
-    """A codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
     llamagen:FILE or fourm:FILE."""
     against: tuple[str, ...] = ()
-    """More tokenizers to compare with the first one, on the same images."""
+    """Other tokenizers to compare with the first one, on the same images."""
     tokens: tuple[str, ...] = ()
-    """Token banks of --data, each written with one of the tokenizers; with a bank, usage and galleries cover all
-    training images."""
+    """Token banks of --data, each made with one of the tokenizers; with a bank, usage and galleries cover all training
+    images."""
     backbone: tuple[str, ...] = ()
-    """Pretrain runs, to show their predictions of masked patches side by side."""
+    """Pretrain runs whose predictions of masked patches are shown side by side."""
     out: str = ""
     """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False
     """Delete the contents of --out first."""
     classifier: str = ""
-    """The classifier for originals and reconstructions: a finetune run, its exported model.safetensors, or timm:NAME;
-    empty leaves this measurement out."""
+    """A classifier that is applied to originals and reconstructions: a finetune run, its exported model.safetensors, or
+    timm:NAME; leave empty to skip this measurement."""
     classifier_weights: str = ""
-    """A local file of weights for the classifier timm:NAME; empty takes the weights of the hub."""
+    """A local file of weights for the classifier timm:NAME. If empty, the weights on the hub."""
     classifier_mean: tuple[float, ...] = ()
-    """Mean of the classifier's input, three numbers for RGB in [0, 1]; empty takes what its weights were trained
+    """Mean of the classifier's input, three numbers for RGB in [0, 1]. If empty, the mean its weights were trained
     with."""
     classifier_std: tuple[float, ...] = ()
-    """Standard deviation of the classifier's input, three numbers for RGB in [0, 1]; empty as --classifier-mean."""
+    """Standard deviation of the classifier's input, three numbers for RGB in [0, 1]; empty as for --classifier-mean."""
     perceptual: str = ""
-    """A perceptual network, named as in codebook's --perceptual.network. It measures the distance between an image and
-    its reconstruction; empty leaves this measurement out."""
+    """A perceptual network, named as in codebook's --perceptual.network, which measures the distance between each image
+    and its reconstruction; leave empty to skip this measurement."""
     perceptual_layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers of the network of --perceptual, given as in codebook's --perceptual.layers."""
+    """Layers of the --perceptual network, given as in codebook's --perceptual.layers."""
     perceptual_weights: str = ""
-    """A local file of weights for the network of --perceptual; empty takes the network's own."""
+    """A local file of weights for the --perceptual network. If empty, the network's own weights."""
     judgements: str = ""
-    """A folder in the layout of BAPPS's two-alternative judgements; empty leaves this comparison out."""
+    """A folder with the layout of BAPPS's two-alternative judgements; leave empty to skip this comparison."""
     codewords: tuple[int, ...] = ()
-    """Numbers of codewords that get a gallery, in addition to random codewords and the most used codewords."""
+    """Indices of codewords that get a gallery, in addition to random and the most used codewords."""
     max_train: int = 10_000
-    """Largest number of training images. The probes learn from the codes of these images."""
+    """Largest number of training images. The probes learn from their codes."""
     max_test: int = 2000
     """Largest number of held-out images. Everything is measured on these images."""
     seed: int = 0
-    """Seed of the random choices: codewords and patches of the galleries, and masks."""
+    """Seed of the random choices: codewords and patches for the galleries, and masks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

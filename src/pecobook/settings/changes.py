@@ -1,4 +1,4 @@
-"""Comparison of the settings with which a run began and those with which it is continued."""
+"""Comparison of the settings that a run began with and those it is resumed with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FREE_ON_RESUME = frozenset(
 
 
 def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an earlier version, with the defaults of the settings that this version did not have."""
+    """Return the settings of an earlier version, with the defaults of the settings that the earlier version lacked."""
     old = without_retired(old)
     completed = defaults | old
     for name, value in defaults.items():
@@ -34,7 +34,7 @@ def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_file(before: Any, after: Any) -> bool:
-    """Whether two settings are paths of one file or folder, or patterns of the same files."""
+    """Return whether two settings are paths of the same file or folder, or patterns of the same files."""
     with contextlib.suppress(OSError, TypeError, ValueError):  # no paths, or of nothing that is there
         one, other = Path(before).absolute(), Path(after).absolute()
         return bool(before and after) and (one == other or one.samefile(other))
@@ -54,5 +54,5 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
 
 
 def _lasting(value: Any) -> Any:
-    """Return a setting without the signature of an address, which expires before a run ends."""
+    """Return a setting without the signature in its URL, which expires before a run ends."""
     return shown(value) if isinstance(value, str) else value

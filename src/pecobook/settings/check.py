@@ -12,40 +12,40 @@ from pecobook.settings.values import between, refuse, replace, settings_class
 
 @settings_class
 class CheckConfig(ImagesConfig):
-    """Look at every image as a command would read it: what it would learn from, and what is wrong.
+    """Read every image as a command would, and report what it would learn from and what is wrong.
 
-    Nothing is trained. The exit code is 1 where something is wrong. The command's other flags are
-    accepted and change nothing here.
+    Nothing is trained. The exit code is 1 if something is wrong. The command's other flags are accepted and have no
+    effect here.
     """
 
     task: Literal[
         "auto", "contrast", "codebook", "pretrain", "finetune", "segment", "detect", "tokenize", "probe", "embed"
     ] = "auto"
-    """Command that will read the images. auto takes detect or segment for files in their layouts, and otherwise images
+    """Command that will read the images. auto chooses detect or segment for files in their layouts, otherwise images
     with or without labels."""
     recipe: str = ""
-    """Recipe of that command, whose settings of the data apply."""
+    """Recipe of that command, whose data settings apply."""
     data: str = "photos"
     """Images: any source that the command takes, or photos (built in)."""
     classes: str = ""
-    """File with a class on each line, as of segment."""
+    """File with one class per line, as in segment."""
     mask_values: tuple[str, ...] = ()
-    """Pixel values of the classes, as of segment."""
+    """Pixel values of the classes, as in segment."""
     ignore: tuple[str, ...] = ("255",)
-    """Pixel values or names of classes that do not count, as of segment."""
+    """Pixel values or names of classes that are ignored, as in segment."""
     skip_bad: bool = False
-    """Leave out what does not fit instead of reporting an error, as segment and detect do."""
+    """Leave out unusable items instead of reporting errors, as in segment and detect."""
     clip: ClipConfig = ClipConfig()
     masks: bool = True
-    """Read the masks of objects too, as detect does."""
+    """Also read the masks of objects, as in detect."""
     out: str = ""
-    """PNG file to write a contact sheet to: samples with their labels, masks and boxes drawn. Empty writes nothing."""
+    """PNG file for a contact sheet: samples with their labels, masks and boxes drawn. Leave empty to write none."""
     samples: int = 24
     """Number of images on the contact sheet."""
     json: bool = False
     """Print one JSON object instead of text."""
     workers: int = -1
-    """Number of processes that read images. -1 takes one for each core."""
+    """Number of processes that read images. -1 uses one per core."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class CheckConfig(ImagesConfig):
 
 
 def of_run(config: CheckConfig, path: str) -> CheckConfig:
-    """Return `config` with the command of a run and its settings of the data, from its config.json.
+    """Return `config` with a run's command and data settings, taken from its config.json.
 
     Raises ConfigError.
     """

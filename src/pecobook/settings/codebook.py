@@ -1,4 +1,4 @@
-"""Settings of `pecobook codebook`: the tokenizer under a perceptual loss, and the paper's alternatives to this loss."""
+"""Settings of `pecobook codebook`: the tokenizer, its perceptual loss, and the paper's alternatives to that loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class AdversarialConfig:
     """The patch discriminator, which learns to distinguish reconstructions from images (equation 8)."""
 
     weight: float = 0.0
-    """Weight of the adversarial term in the loss; Table 7 uses 0.4, and 0 leaves the term out."""
+    """Weight of the adversarial loss; Table 7 uses 0.4, and 0 disables it."""
     width: int = 64
     """Number of channels of the discriminator's first layer."""
     num_layers: int = 3
-    """Number of strided layers of the discriminator; with 3 layers it classifies patches of 70 pixels."""
+    """Number of strided layers of the discriminator; with 3 it classifies patches of 70 pixels."""
     start: int = 0
-    """Step from which the autoencoder learns from the adversarial term, after it has learned to reconstruct without
-    it; the discriminator learns from step 0."""
+    """Step at which the adversarial loss is added to the autoencoder's loss, once the autoencoder has learned to
+    reconstruct without it; the discriminator learns from step 0."""
 
     def __post_init__(self) -> None:
         not_negative(self, "weight", "start")
@@ -36,18 +36,18 @@ class ExplicitConfig:
     """The loss on the codewords themselves (Table 6), instead of or in addition to the perceptual loss on images."""
 
     kind: Literal["none", "classification", "contrastive"] = "none"
-    """Kind of the loss on codewords: classification needs labels; contrastive contrasts images by the averaged
-    codewords of two views, with a momentum encoder."""
+    """Type of loss on the codewords: classification needs labels; contrastive contrasts images by the mean codewords of
+    two views, with a momentum encoder."""
     weight: float = 1.0
     """Weight of the loss on codewords."""
     temperature: float = 0.2
     """Temperature of the contrastive softmax."""
     momentum: float = 0.99
-    """Momentum of the moving average of the encoder that computes the contrastive keys."""
+    """Momentum of the encoder's moving average, which computes the contrastive keys."""
     hidden_dim: int = 2048
     """Width of the hidden layers of the contrastive heads."""
     output_dim: int = 256
-    """Width of the space in which the contrastive loss compares images."""
+    """Dimension of the space in which the contrastive loss compares images."""
 
     def __post_init__(self) -> None:
         not_negative(self, "weight")
@@ -58,16 +58,16 @@ class ExplicitConfig:
 
 @settings_class
 class TargetConfig:
-    """The features that the decoder predicts under --target-features."""
+    """The features that the decoder predicts with --target-features."""
 
     layer: str = "last"
-    """Layer whose features are predicted, counted from 1 as in --perceptual.layers; last for the output of the last
-    layer, after the network's last norm."""
+    """Layer whose features are predicted, counted from 1 as in --perceptual.layers; last is the output of the last
+    layer, after the network's final norm."""
     weights: str = ""
-    """A local file of weights for the network, or random for the control. Empty takes the network's own weights."""
+    """A local file of weights for the network, or random for the control. If empty, the network's own weights."""
     input_size: int = 0
-    """Side to which images are resized for the network, pixels; 0 keeps the side of the images, or takes the side that
-    the network requires."""
+    """Side to which images are resized for the network, in pixels; 0 keeps their size, or uses the size that the
+    network requires."""
 
     def __post_init__(self) -> None:
         between(self, 0, 4096, "input_size")
@@ -83,16 +83,16 @@ class CodebookConfig(CropTrainConfig):
     adversarial: AdversarialConfig = AdversarialConfig()
     explicit: ExplicitConfig = ExplicitConfig()
     target_features: str = ""
-    """A frozen network, named as in --perceptual.network, whose features the decoder predicts in place of pixels, by
-    their cosine (BEiT v2's VQ-KD). The tokenizer then has codes as any other, and no reconstructions."""
+    """A frozen network, named as in --perceptual.network, whose features the decoder predicts instead of pixels, with a
+    cosine loss (BEiT v2's VQ-KD). The tokenizer then has codes like any other, but no reconstructions."""
     target: TargetConfig = TargetConfig()
     pixel_weight: float = 1.0
     """Weight of the pixel loss, the mean squared error on [-1, 1]."""
     balance: bool = False
-    """Divide the sum of pixel and perceptual loss by its current value, so that the commitment loss is weighed against
-    1 in every run. Without --balance a perceptual loss, several times larger than the pixel loss, outweighs the
+    """Divide the sum of the pixel and perceptual losses by its current value, so that every run weighs the commitment
+    loss against 1. Without --balance, a perceptual loss several times larger than the pixel loss outweighs the
     commitment loss, so runs with and without a perceptual network differ in two ways at once. With --micro-batch-size
-    this takes one more forward pass, since the value is that of the whole step."""
+    this costs an extra forward pass, since the value is that of the whole step."""
     optim: BaseOptimConfig = BaseOptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
     implied = staticmethod(tokenizer_of)  # what follows from --init, for `replace`
 
@@ -127,7 +127,7 @@ class CodebookConfig(CropTrainConfig):
             raise ConfigError("There is no loss: --pixel-weight is 0 and there is no perceptual network.")
 
     def _check_target(self) -> None:
-        """Refuse losses on pixels beside a target of features."""
+        """Refuse losses on pixels when the decoder predicts features."""
         for name, here in (
             (f"--perceptual.network {self.perceptual.network}", self.perceptual.network not in ("", "none")),
             (f"--adversarial.weight {self.adversarial.weight:g}", self.adversarial.weight > 0),

@@ -1,4 +1,4 @@
-"""The files of `--config`: JSON, YAML and TOML, and the lines of their settings for error messages."""
+"""Reading of `--config` files (JSON, YAML and TOML), and the line of each setting for error messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pecobook.errors import ConfigError, first_line
 from pecobook.utils.json_files import read_json
 
 _RETIRED = {"quantizer": ("learning", "ema")}
-"""Settings of version 0.1.0 that are gone: the group, the name, and the value that had no effect."""
+"""Settings removed since version 0.1.0: the group, the name, and the value that had no effect."""
 _SETTING = re.compile(r"(?:Unknown setting '|--)([\w.-]+)")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Return the content of a configuration file, or of the config.json in a folder.
 
-    Names may have dashes, as flags have, and dots in place of groups. Raises ConfigError, which names the line.
+    Names may contain dashes, as flags do, and dots instead of groups. Raises ConfigError, which names the line.
     """
     file = config_file(path)
     suffix = file.suffix.lower()
@@ -37,20 +37,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def without_retired(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an earlier version without those that are gone; a value that had an effect stays."""
+    """Return the settings of an earlier version without the removed ones; those whose value had an effect stay."""
     groups = {group: settings[group] for group in _RETIRED if isinstance(settings.get(group), dict)}
     kept = {group: {k: v for k, v in values.items() if (k, v) != _RETIRED[group]} for group, values in groups.items()}
     return settings | kept
 
 
 def config_file(path: str | Path) -> Path:
-    """Return the file itself, or the config.json in a folder."""
+    """Return the path itself if it is a file, or that of the config.json in a folder."""
     return Path(path) / "config.json" if Path(path).is_dir() else Path(path)
 
 
 @contextlib.contextmanager
 def errors_with_lines(path: str | Path) -> Iterator[None]:
-    """Within the context a ConfigError on settings of the file names the file, and the line where it is found."""
+    """Add the file name, and the line if found, to any ConfigError about a setting that is raised in this context."""
     try:
         yield
     except ConfigError as error:
@@ -65,7 +65,7 @@ def errors_with_lines(path: str | Path) -> Iterator[None]:
 
 
 def _line_of(text: str, setting: str) -> int:
-    """Return the number of the line that sets `optim.lr`: its name, below the names of its groups; 0 if none does."""
+    """Return the number of the line that sets, say, `optim.lr` (its name after those of its groups), or 0."""
     lines, found = text.splitlines(), 0
     for part in setting.split("."):
         name = re.sub("[-_]", "[-_]", part)
@@ -88,7 +88,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Refuses a name twice, of which YAML would drop the first, and names that are no text, such as a bare no."""
+        """Refuses duplicate names, where YAML drops the first, and names that are not strings, such as a bare no."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = set()

@@ -13,12 +13,12 @@ class DemoConfig(ManyRunsConfig):
     """Run all stages on the built-in photographs or on your images, and write a report."""
 
     out: str = "runs/demo"
-    """Folder to write. If the folder holds an interrupted demo, the demo resumes."""
+    """Folder to write. An interrupted demo in this folder resumes."""
     seed: int = 0
     """Seed of every run."""
     budget: Literal["auto", "cpu", "gpu"] = "auto"
-    """Size of the demo. cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: gpu on a
-    machine with a GPU, else cpu."""
+    """Size of the demo. cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: gpu if
+    the machine has a GPU, otherwise cpu."""
     length: float = 1.0
     """Factor by which the number of steps of every run is multiplied."""
     max_train: int = 4000

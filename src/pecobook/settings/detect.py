@@ -13,15 +13,15 @@ class DetectorConfig:
     """The heads of the detector."""
 
     width: int = 256
-    """Number of channels of the feature pyramid network and of the mask head."""
+    """Number of channels in the feature pyramid network and the mask head."""
     head_width: int = 1024
     """Width of the two layers that classify a box."""
     proposals: int = 1000
-    """Largest number of regions that the first stage proposes in an image."""
+    """Largest number of regions per image that the first stage proposes."""
     samples: int = 512
-    """Largest number of regions of an image that the second stage learns from, at most a quarter of them objects."""
+    """Largest number of regions per image that the second stage learns from, at most a quarter of which are objects."""
     detections: int = 100
-    """Largest number of detections on an image."""
+    """Largest number of detections per image."""
     score_threshold: float = 0.05
     """Lowest score of a detection."""
 
@@ -34,29 +34,29 @@ class DetectorConfig:
 class DetectConfig(TrainConfig, StartConfig, NormalisationConfig):
     """Train a detector of boxes and masks on a backbone.
 
-    The training step cannot be compiled, because the number of objects differs from image to image.
+    The training step cannot be compiled, because the number of objects varies between images.
     """
 
     data: str = ""
-    """Folder of images and objects in COCO's format. The folder holds train/instances.json, train/images/,
+    """Folder of images and objects in COCO's format. It contains train/instances.json, train/images/,
     val/instances.json and val/images/, or the files of COCO 2017 (annotations/instances_train2017.json, train2017/,
     ...)."""
     skip_bad: bool = False
     """Leave out unusable images and objects instead of refusing them."""
     masks: bool = True
-    """Learn instance masks too, where the objects have masks."""
+    """Also learn instance masks, if the objects have masks."""
     pyramid: PyramidConfig = PyramidConfig()
     detector: DetectorConfig = DetectorConfig()
     scales: tuple[int, ...] = (800,)
-    """Lengths of an image's short side in pixels. Training draws one at random, evaluation takes the largest."""
+    """Lengths of an image's short side, in pixels. Training picks one at random, evaluation uses the largest."""
     max_size: int = 1333
-    """Largest length of an image's long side, pixels."""
+    """Largest length of an image's long side, in pixels."""
     jitter: tuple[float, ...] = ()
     """Large-scale jitter (arXiv 2012.07177) instead of --scales: the smallest and the largest size of an image, as
-    shares of --image-size, for example 0.1 2.0; the image is then cropped or padded to a square of that side."""
+    fractions of --image-size, for example 0.1 2.0; the image is then cropped or padded to a square of that side."""
     image_size: int = 1344
-    """Side of the images that the backbone's positions cover, pixels. It is the longest side of an image, or the side
-    of the square of --jitter."""
+    """Side of the image area that the backbone's positions cover, in pixels: the longest side of an image, or the side
+    of the square with --jitter."""
     optim: OptimConfig = OptimConfig(
         lr=4e-4, layer_decay=0.75, warmup="500", schedule="steps", milestones=("8 epochs", "11 epochs")
     )
@@ -77,5 +77,5 @@ class DetectConfig(TrainConfig, StartConfig, NormalisationConfig):
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Length of the short side and largest length of the long side of an image in evaluation, pixels."""
+        """Short side of an image in evaluation, and the largest length of its long side, in pixels."""
         return (self.image_size, self.image_size) if self.jitter else (max(self.scales), self.max_size)

@@ -14,7 +14,7 @@ _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(|steps?|epochs?|ep
 
 
 def parse_duration(text: str, name: str) -> tuple[float, str]:
-    """Split "100 epochs" into (100.0, "epochs"). Raises ConfigError that names the flag `name`."""
+    """Split "100 epochs" into (100.0, "epochs"). Raises a ConfigError that names the flag `name`."""
     match = _DURATION.match(str(text))
     if not match:
         raise ConfigError(f"--{name} {_problem(text)}")
@@ -24,9 +24,9 @@ def parse_duration(text: str, name: str) -> tuple[float, str]:
 
 
 def check_durations(name: str, texts: Iterable[str], *, percent: bool) -> None:
-    """Refuse field `name` of the settings where one of `texts` is no duration.
+    """Refuse field `name` of the settings if one of `texts` is not a duration.
 
-    With `percent` a duration is a part of the training and may be zero; otherwise it is the length of the training.
+    With `percent` a duration is part of the training and may be zero; otherwise it is the length of the training.
     """
     for text in texts:
         try:
@@ -57,7 +57,7 @@ def steps(text: str, *, num_images: int, batch_size: int, total: int | None = No
         text: the duration, for example "100 epochs".
         num_images: number of images in one epoch.
         batch_size: number of images in one step, over all devices.
-        total: number of steps of the whole training, which "N%" refers to.
+        total: number of steps in the whole training, which "N%" refers to.
         name: name of the flag, for the error message.
     """
     value, unit = parse_duration(text, name)

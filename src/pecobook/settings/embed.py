@@ -1,4 +1,4 @@
-"""Settings of `pecobook embed`, which writes features of images to a file."""
+"""Settings of `pecobook embed`, which writes image features to a file."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ Pool: TypeAlias = Literal["auto", "mean", "class", "both", "none"]
 
 @settings_class
 class EmbedConfig(ImagesConfig, NormalisationConfig):
-    """Write a feature vector of every image of a source, with the image's name, split and label."""
+    """Write a feature vector for every image of a source, with the image's name, split and label."""
 
     backbone: str = ""
     """The network: a contrast, pretrain or finetune run, timm:NAME, or a tokenizer (a codebook run, dalle:FOLDER,
-    diffusers:FOLDER). On the command line it may stand first, without the flag."""
+    diffusers:FOLDER). On the command line it may come first, without the flag."""
     weights: str = ""
-    """A local file of weights for the backbone, or random for a control. Empty takes the weights of --backbone."""
+    """A local file of weights for the backbone, or random for a control. If empty, the weights of --backbone."""
     out: str = ""
-    """File to write: FILE.parquet, FILE.npz, or FILE.npy with FILE.csv for the names of its rows."""
+    """File to write: FILE.parquet, FILE.npz, or FILE.npy with a FILE.csv that names its rows."""
     image_size: int = 0
-    """Side of the central crop of an image, pixels; 0 takes the image size of the network."""
+    """Side of the central crop of an image, in pixels; 0 uses the network's image size."""
     layer: int = 0
-    """Block of a transformer whose output is taken, from 1. 0 takes the last one; of a pretrain run, whose last blocks
-    serve the prediction of tokens, the block at three quarters of the depth."""
+    """Transformer block whose output is used, counted from 1. 0 uses the last block, or for a pretrain run, whose last
+    blocks serve the prediction of tokens, the block at three quarters of the depth."""
     pool: Pool = "auto"
-    """mean of the patches, the class token, both joined, or none for a vector of every patch. auto takes the class
-    token where it was trained, else the mean."""
+    """mean of the patches, class token, both concatenated, or none for one vector per patch. auto uses the class token
+    if it was trained, otherwise the mean."""
     codes: bool = False
-    """With a tokenizer: also write the codes of each image and the histogram of its codes."""
+    """With a tokenizer, also write each image's codes and their histogram."""
     batch_size: int = 64
-    """Images that the network reads at once."""
+    """Number of images that the network processes at once."""
     workers: int = -1
-    """Data-loading processes; -1 chooses by the number of cores."""
+    """Number of data-loading processes; -1 chooses it from the number of cores."""
     shard: str = ""
-    """I/N writes part I of N, beside other processes or machines with the other parts; whoever finishes last joins the
-    parts to the file."""
+    """I/N writes part I of N, while other processes or machines write the other parts; the last to finish joins the
+    parts into the file."""
     overwrite: bool = False
-    """Replace the file, and begin again where an unfinished file has other settings."""
+    """Replace the file, and start over if an unfinished file has other settings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,5 +55,5 @@ class EmbedConfig(ImagesConfig, NormalisationConfig):
 
     @property
     def part(self) -> tuple[int, int]:
-        """The part of --shard that this process writes, counted from 0, and the number of parts."""
+        """The part that this process writes, counted from 0, and the number of parts."""
         return part_of(self.shard)

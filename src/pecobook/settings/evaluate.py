@@ -1,4 +1,4 @@
-"""Settings of `pecobook evaluate`, which measures tokenizers by the yardsticks of their field."""
+"""Settings of `pecobook evaluate`, which measures tokenizers by the field's standard metrics."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ class EvaluateConfig(ImagesConfig):
     """Measure tokenizers side by side on the same images: rFID, IS, PSNR, SSIM, LPIPS, usage, speed."""
 
     tokenizers: tuple[str, ...] = ()
-    """Codebook runs, export folders, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
-    llamagen:FILE, fourm:FILE. On the command line they may stand first, without the flag."""
+    """Codebook runs, export folders, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
+    llamagen:FILE, fourm:FILE. On the command line they may come first, without the flag."""
     out: str = ""
     """Folder for evaluation.json and evaluation.md. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False
     """Delete an evaluation in --out first."""
     metrics: tuple[Metric, ...] = ()
-    """What is measured: rfid, is, psnr, ssim, lpips, perceptual, usage, speed. Empty measures all that can be measured,
-    and says what was missing for the rest; what is named here and cannot be measured is an error."""
+    """Metrics to compute: rfid, is, psnr, ssim, lpips, perceptual, usage, speed. Empty computes all that are possible
+    and says what the others lack; a metric that is named here but cannot be computed is an error."""
     split: Literal["held-out", "train", "all"] = "held-out"
-    """The images of --data: held-out as in training, train, or all. A folder that holds validation images alone is read
-    with all."""
+    """Images of --data to use: held-out, split as in training; train; or all. Use all for a folder that contains only
+    validation images."""
     num_images: int = 0
-    """Largest number of images, chosen by a fixed permutation; 0 takes all. Published figures take 50,000."""
+    """Largest number of images, chosen by a fixed permutation; 0 uses all. Published figures use 50,000."""
     image_size: int = 0
-    """Side of the central square to which an image is cropped and resized, pixels; 0 takes that of each tokenizer."""
+    """Side of the square to which images are centre-cropped and resized, in pixels; 0 uses each tokenizer's own."""
     batch_size: int = 32
-    """Images that a tokenizer reads at once."""
+    """Number of images that a tokenizer processes at once."""
     workers: int = -1
-    """Data-loading processes; -1 chooses by the number of cores."""
+    """Number of data-loading processes; -1 chooses it from the number of cores."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of autocast in the tokenizers. The metrics are always computed in fp32, their statistics in fp64."""
+    """Autocast precision of the tokenizers. The metrics are always computed in fp32, and their statistics in fp64."""
     inception_weights: str = ""
-    """A file of the weights of Inception for rfid and is; empty takes them from torch's folder of downloads, or
-    downloads them."""
+    """A file with Inception's weights for rfid and is. If empty, they are taken from torch's download folder, or
+    downloaded."""
     statistics: str = ""
-    """An .npz file with the statistics of the originals for rfid: written where there is none, else read, and refused
-    where it is of other images, another size or other weights. A file of others (mu and sigma alone) is taken as it
-    is, which the output says."""
+    """An .npz file with the statistics of the originals for rfid: written if it does not exist, otherwise read, and
+    refused if it belongs to other images, another size or other weights. A file from elsewhere (only mu and sigma) is
+    used as is, and the output says so."""
     lpips_network: Literal["alex", "vgg", "squeeze"] = "alex"
-    """The network of LPIPS."""
+    """The network that LPIPS uses."""
     lpips_weights: str = ""
-    """A file of torchvision's weights for that network; empty takes them from torch's folder of downloads, or
-    downloads them."""
+    """A file with torchvision's weights for that network. If empty, they are taken from torch's download folder, or
+    downloaded."""
     perceptual: str = ""
     """A perceptual network, named as in codebook's --perceptual.network, for the distance of equation 4."""
     perceptual_layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers of the network of --perceptual."""
+    """Layers of the --perceptual network."""
     perceptual_weights: str = ""
-    """A local file of weights for the network of --perceptual; empty takes the network's own."""
+    """A local file of weights for the --perceptual network. If empty, the network's own weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,9 +12,9 @@ class ExportConfig:
     """Write a run's weights for another library."""
 
     run: str = ""
-    """A run of pecobook, or the run's export folder. On the command line the run may stand first, without the flag."""
+    """A pecobook run or its export folder. On the command line it may come first, without the flag."""
     format: Literal["timm", "hf", "onnx"] = "timm"
-    """Library to write for: timm, transformers (hf, as a BEiT) or ONNX, whose files read images in [0, 1]. Tokenizers
-    and segmenters can only be written as onnx."""
+    """Library to write for: timm, transformers (hf, as a BEiT) or ONNX, whose files take images in [0, 1]. Tokenizers
+    and segmenters can only be exported to onnx."""
     out: str = ""
     """Folder to write; it must be new or empty."""

@@ -12,26 +12,25 @@ class FinetuneConfig(CropTrainConfig, StartConfig, NormalisationConfig, Residual
     """Fine-tune a backbone on labelled images."""
 
     mixup: float = 0.8
-    """Alpha of mixup; 0 leaves mixup out."""
+    """Alpha of mixup; 0 disables it."""
     cutmix: float = 1.0
-    """Alpha of CutMix; 0 leaves CutMix out. Every batch gets mixup or CutMix, with equal probability."""
+    """Alpha of CutMix; 0 disables it. Every batch gets mixup or CutMix, with equal probability."""
     label_smoothing: float = 0.1
     """Share of the target's probability that label smoothing spreads over all classes."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
-    """Policy of RandAugment in timm's notation: magnitude, standard deviation of the magnitude, increasing severity;
-    empty leaves RandAugment out."""
+    """RandAugment policy in timm's notation: magnitude, its standard deviation, increasing severity; leave empty to
+    disable RandAugment."""
     random_erasing: float = 0.25
     """Probability of random erasing, which fills a rectangle of the image with noise."""
     repeats: int = 1
-    """Views of each image in a batch (repeated augmentation, arXiv 1901.09335; DeiT: 3). With 3, a batch holds a third
-    as many images, and an epoch of steps a third of all images."""
+    """Number of views of each image in a batch (repeated augmentation, arXiv 1901.09335; DeiT: 3). With 3, a batch
+    holds a third as many distinct images, and an epoch's steps cover a third of all images."""
     average: float = 0.0
-    """Decay of a moving average of the weights, which is evaluated and exported (BootMAE: 0.9998); 0 keeps no
-    average."""
+    """Decay of a moving average of the weights, which is evaluated and exported (BootMAE: 0.9998); 0 disables it."""
     eval_crop: float = 0.875
-    """Share of an image's shorter side that the central crop of evaluation takes (224 of 256)."""
+    """Share of an image's shorter side that the central crop for evaluation covers (224 of 256)."""
     head_rate: float = 1.0
-    """Factor on the learning rate of the head."""
+    """Multiplier on the learning rate of the head."""
     clip: ClipConfig = ClipConfig()
     optim: OptimConfig = OptimConfig(lr=4e-3, warmup="20 epochs", layer_decay=0.65)
     evaluation_images: int = 50_000

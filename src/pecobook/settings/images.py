@@ -1,4 +1,4 @@
-"""Settings of the images that a command reads: source, value range, normalisation, colour changes."""
+"""Settings of the images that a command reads: source, value range, normalisation, colour augmentation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pecobook.settings.values import between, not_negative, positive, refuse, se
 
 @settings_class
 class JitterConfig:
-    """Strength and probability of changes of brightness and colour; the defaults are MoCo v3's (arXiv 2104.02057)."""
+    """Strength and probability of brightness and colour jitter; the defaults are MoCo v3's (arXiv 2104.02057)."""
 
     brightness: float = 0.4
-    """Largest relative change of brightness."""
+    """Largest relative change in brightness."""
     contrast: float = 0.4
-    """Largest relative change of contrast."""
+    """Largest relative change in contrast."""
     saturation: float = 0.2
-    """Largest relative change of saturation."""
+    """Largest relative change in saturation."""
     hue: float = 0.1
-    """Largest shift of hue, in turns of the colour circle."""
+    """Largest hue shift, as a fraction of the colour circle."""
     jitter: float = 0.8
-    """Probability that brightness, contrast, saturation and hue are changed."""
+    """Probability of changing brightness, contrast, saturation and hue."""
     grey: float = 0.2
-    """Probability that the image is turned grey."""
+    """Probability of converting the image to grey."""
 
     def __post_init__(self) -> None:
         not_negative(self, "brightness", "contrast", "saturation")
@@ -33,10 +33,10 @@ class JitterConfig:
 
 @settings_class
 class PhotometricConfig(JitterConfig):
-    """Strength and probability of changes of brightness and colour, of blur and of solarisation."""
+    """Strength and probability of brightness and colour jitter, blur and solarisation."""
 
     blur: float = 0.0
-    """Probability of a Gaussian blur."""
+    """Probability of applying a Gaussian blur."""
     solarise: float = 0.0
     """Probability of solarisation, which inverts the bright half of the values."""
 
@@ -58,12 +58,12 @@ class ImagesConfig:
     """The images that a command reads."""
 
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, tar shards or parquet at an address (s3://,
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, tar shards or parquet at a URL (s3://,
     gs://, https://, hf://), or photos (built in)."""
     value_range: tuple[float | str, ...] = AUTO
-    """Values that become black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range with
-    which a given model was trained, else looks at 64 images and prints the range that it takes. Images of 8 bits keep
-    their values."""
+    """Values mapped to black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range that a
+    given model was trained with; otherwise it looks at 64 images and prints the range it chose. 8-bit images keep their
+    values."""
 
     def __post_init__(self) -> None:
         check_value_range(self.value_range)
@@ -78,11 +78,11 @@ def check_value_range(setting: RangeSetting) -> None:
 
 @settings_class
 class NormalisationConfig:
-    """The normalisation of the images that a loaded network reads."""
+    """Input normalisation of a loaded network."""
 
     mean: tuple[float, ...] = ()
-    """Mean of the backbone's input, three numbers for RGB in [0, 1]. Empty takes what the weights were trained with,
-    which a line at the start of the run names."""
+    """Mean of the backbone's input, three numbers for RGB in [0, 1]. If empty, the mean that the weights were trained
+    with, which the run prints at its start."""
     std: tuple[float, ...] = ()
     """Standard deviation of the backbone's input, three numbers for RGB in [0, 1]; empty as for --mean."""
 
@@ -101,22 +101,22 @@ def check_normalisation(config: Any, mean: str, std: str, *, lowest: float = 0.0
 
 @settings_class
 class ClipConfig:
-    """The frames of a video that a classifier reads (paper, Table 9)."""
+    """The video frames that a classifier reads (paper, Table 9)."""
 
     frames: int = 0
-    """Number of frames of a clip; --data is then a folder of videos, or of folders of frames. 0 reads images."""
+    """Number of frames in a clip; --data is then a folder of videos, or of folders of frames. 0 reads images."""
     sampling: Literal["stride", "segments"] = "stride"
-    """Which frames: stride, every --clip.stride-th, from a random one on in training and around the middle of the video
-    in evaluation (Kinetics); segments, one of each of --clip.frames equal parts of the video, at random in training and
-    the middle one in evaluation (Something-Something)."""
+    """How frames are chosen. stride takes every --clip.stride-th frame, starting at random in training and centred in
+    the video in evaluation (Kinetics). segments takes one frame from each of --clip.frames equal parts of the video, a
+    random one in training and the middle one in evaluation (Something-Something)."""
     stride: int = 32
-    """Distance between two frames of a clip with --clip.sampling stride; a video that is too short for it is spanned by
-    equal, shorter distances."""
+    """Distance between consecutive frames of a clip with --clip.sampling stride. If a video is too short, the distance
+    shrinks so that the clip spans the whole video."""
     flip: bool = True
-    """Flip half of the clips in training. Not for classes that tell left from right, as Something-Something's do."""
+    """Flip half of the clips in training. Turn it off if classes tell left from right, as Something-Something's do."""
     crops: int = 1
-    """Squares of a clip in evaluation: 1, the central one; 3, that and those at both ends of the longer side, whose
-    probabilities are averaged."""
+    """Square crops of a clip in evaluation: 1, the central one; 3, also those at both ends of the longer side, with the
+    probabilities averaged."""
 
     def __post_init__(self) -> None:
         between(self, 0, 1024, "frames")
@@ -127,10 +127,10 @@ class ClipConfig:
 
 @settings_class
 class ManyRunsConfig(ImagesConfig):
-    """The images of a command that trains many runs and resumes in its folder."""
+    """The images of a command that trains many runs and can be resumed in its folder."""
 
     verify_data: bool = False
-    """Read the content of all files of --data at the start, record it, and compare it when the folder is continued;
-    without this flag names, sizes and times are compared, and the content of a few files."""
+    """Read all files of --data at the start, record their content, and compare it when the folder is resumed; without
+    this flag, names, sizes and times are compared, and the content of a few files."""
     accept_data_change: bool = False
-    """Continue although the data have changed since the folder was begun. Finished runs stay as they are."""
+    """Continue even if the data have changed since the folder was started. Finished runs stay as they are."""

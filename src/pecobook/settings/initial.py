@@ -1,7 +1,7 @@
-"""Settings that follow from `--init`: the network whose weights a training starts from.
+"""Settings implied by `--init`: the network whose weights a training starts from.
 
-They are read from the config.json of a run or of its export. Where these cannot be read nothing follows; loading the
-weights then tells why.
+They are read from the config.json of a run or of its export. If it cannot be read, nothing is implied; loading the
+weights then reports why.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RUN: Schema = {"command": TEXT, "model": OBJECT}
 
 
 def network_of(changes: dict[str, Any], command: str) -> dict[str, Any]:
-    """Return name and arguments of the backbone that `init` in `changes` names, for contrast or pretrain.
+    """Return the name and arguments of the backbone that `init` in `changes` names, for contrast or pretrain.
 
     A run of the same command has the network as it was trained, any other run as it was exported. A ViT of `contrast`
     keeps the positions of other weights and learns them.
@@ -48,9 +48,9 @@ def network_of(changes: dict[str, Any], command: str) -> dict[str, Any]:
 
 
 def tokenizer_of(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the shape of the tokenizer that `init` in `changes`, the settings that the user gave, names.
+    """Return the shape of the tokenizer that `init` names in `changes`, the settings that the user gave.
 
-    `replace` lets the other settings in `changes` override them.
+    `replace` lets other settings in `changes` override them.
     """
     init = str(changes.get("init") or "")
     exported = _export(init, _TOKENIZER) if init else None
@@ -61,7 +61,7 @@ def tokenizer_of(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(init: str, schema: Schema) -> dict[str, Any] | None:
-    """Return the config.json of an export folder, or of the export of a run; None where there is none."""
+    """Return the config.json of an export folder or of a run's export, or None if there is none."""
     for folder in (Path(init) / "export", Path(init)):
         content = read_if_valid(folder / "config.json", schema)
         if content is not None:
@@ -75,7 +75,7 @@ def _dotted(settings: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def _given(changes: dict[str, Any]) -> set[str]:
-    """Return the names of the settings of `model` that `changes` has, as a dictionary or by dotted names."""
+    """Return the names of the `model` settings in `changes`, which may be nested or dotted."""
     nested = changes.get("model")
     dotted = {name.partition(".")[2] for name in changes if name.startswith("model.")}
     return {*(nested if isinstance(nested, dict) else ()), *dotted}

@@ -24,30 +24,29 @@ Normalisation = Literal["unit-rms", "layernorm", "none"]
 
 @settings_class
 class PerceptualDistanceConfig:
-    """The frozen network and the comparison of its features: the settings of `PerceptualDistance`."""
+    """The frozen network and how its features are compared: the settings of `PerceptualDistance`."""
 
     network: str = ""
     """The perceptual network: timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
     weights: str = ""
-    """A local file of weights for the network, or random for the control. Empty takes the network's own weights."""
+    """A local file of weights for the network, or random for the control. If empty, the network's own weights."""
     shuffle: bool = False
     """Permute the entries of each weight tensor of the network: a control that keeps the distribution of the weights
-    and destroys what they learned."""
+    but destroys what they learned."""
     layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers whose features are compared, counted from 1. Layers are blocks of a transformer or stages of a
-    convolutional network; for torchvision's networks also names of nodes, such as features.12."""
+    """Layers whose features are compared, counted from 1. Layers are transformer blocks or the stages of a
+    convolutional network; torchvision networks also take node names, such as features.12."""
     normalisation: Normalisation = "unit-rms"
-    """Normalisation of the activations before they are compared."""
+    """Normalisation applied to the activations before they are compared."""
     input_size: int = 0
-    """Side to which images are resized for the network, pixels; 0 keeps the side of the images, or takes the side that
-    the network requires."""
+    """Side to which images are resized for the network, in pixels; 0 keeps their size, or uses the size that the
+    network requires."""
     mean: tuple[float, ...] = ()
-    """Mean of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own mean."""
+    """Mean of the network's input, three numbers for RGB in [0, 1]. If empty, the network's own mean."""
     std: tuple[float, ...] = ()
-    """Standard deviation of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own
-    standard deviation."""
+    """Standard deviation of the network's input, three numbers for RGB in [0, 1]. If empty, the network's own."""
     bgr: bool = False
-    """Give the network its normalised input in the order BGR, which networks from Caffe expect."""
+    """Pass the normalised input in BGR order, as networks from Caffe expect."""
 
     def __post_init__(self) -> None:
         between(self, 0, 4096, "input_size")
@@ -55,7 +54,7 @@ class PerceptualDistanceConfig:
 
 
 def check_layers(config: object, name: str) -> None:
-    """Refuse a field of layers that is empty, names a layer twice, or a number below 1."""
+    """Refuse a field of layers that is empty, repeats a layer, or has a number below 1."""
     different(config, name)
     layers = getattr(config, name)
     wrong = [layer for layer in layers if isinstance(layer, int) and layer < 1]
@@ -70,12 +69,12 @@ class PerceptualConfig(PerceptualDistanceConfig):
     weight: float = 1.0
     """Weight of the perceptual loss, lambda in equation 5."""
     also: tuple[str, ...] = ()
-    """Further networks, whose distances are added: each in quotes, NETWORK and NAME=VALUE of its own settings, several
-    values with commas: "timm:resnet50 layers=1,2 weight=0.5 input-size=224". Names are those of this group; layers and
-    normalisation are the group's unless they are named."""
+    """Further networks, whose distances are added. Each is quoted and has the form NETWORK NAME=VALUE ..., with commas
+    between several values: "timm:resnet50 layers=1,2 weight=0.5 input-size=224". The names are those of this group;
+    layers and normalisation default to the group's."""
     warmup: int = 0
     """Number of steps over which lambda rises linearly from 0. A random decoder learns little from deep features of a
-    supervised network, and all latent vectors then collapse to one; a start on pixels alone prevents this."""
+    supervised network, and all latent vectors then collapse into one; starting with pixels alone prevents this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +85,7 @@ class PerceptualConfig(PerceptualDistanceConfig):
         self.networks()
 
     def networks(self) -> list[tuple[PerceptualDistanceConfig, float]]:
-        """Return the settings of every network with its weight relative to lambda. Raises ConfigError."""
+        """Return the settings of every network and its weight relative to lambda. Raises ConfigError."""
         return [(self, 1.0), *(self._further(text) for text in self.also)]
 
     def _further(self, text: str) -> tuple[PerceptualDistanceConfig, float]:

@@ -11,22 +11,22 @@ from pecobook.settings.values import LARGEST, between, positive, refuse, setting
 
 @settings_class
 class AttackConfig:
-    """Attacks on a classifier (paper, Table 11).
+    """Adversarial attacks on a classifier (paper, Table 11).
 
-    With an attack no predictions are written: the accuracy on labelled held-out images is measured, also under attack.
+    With an attack, no predictions are written; accuracy on labelled held-out images is measured with and without it.
     """
 
     names: tuple[Literal["bim", "mi-fgsm"], ...] = ()
-    """Attacks that know the classifier's gradient: bim, the basic iterative method, and mi-fgsm, the same with momentum
-    (MIM in the paper). With an attack, only the accuracy on labelled held-out images is measured."""
+    """White-box attacks: bim, the basic iterative method, and mi-fgsm, the same with momentum (MIM in the paper). With
+    an attack, only the accuracy on labelled held-out images is measured."""
     eps: float = 2.0
     """Largest change of a value, in 1/255 of the range from black to white."""
     steps: int = 20
     """Number of steps of an attack."""
     step: float = 0.0
-    """Change of a value in one step, in 1/255; 0 takes eps / steps."""
+    """Change of a value in one step, in 1/255; 0 uses eps / steps."""
     max_images: int = 50_000
-    """Largest number of held-out images; a fixed permutation chooses them."""
+    """Largest number of held-out images, chosen by a fixed permutation."""
 
     def __post_init__(self) -> None:
         between(self, 0.0, 255.0, "eps", "step")
@@ -40,20 +40,20 @@ class PredictConfig:
     """Apply a trained classifier, segmenter or detector to images."""
 
     run: str = ""
-    """A run of finetune, segment or detect, or its export folder. On the command line the run may stand first, without
-    the flag."""
+    """A finetune, segment or detect run, or its export folder. On the command line it may come first, without the
+    flag."""
     images: str = ""
-    """An image, a folder of images at any depth, or another source of images; for a classifier of clips a video, or a
-    folder of videos or of frames. On the command line the images may stand second, without the flag."""
+    """An image, a folder of images at any depth, or another source of images; for a video classifier, a video or a
+    folder of videos or of frames. On the command line it may come second, without the flag."""
     value_range: tuple[float | str, ...] = AUTO
-    """Values that become black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range with
-    which the run was trained, else looks at 64 images and prints the range that it takes."""
+    """Values mapped to black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range that
+    the run was trained with; otherwise it looks at 64 images and prints the range it chose."""
     out: str = ""
     """Folder to write; it must be new or empty."""
     pictures: bool = True
     """Also write every image with the predictions drawn on it."""
     score: float = 0.5
-    """Smallest score of a detection that is drawn. detections.json holds all detections."""
+    """Lowest score of a detection that is drawn. detections.json contains all detections."""
     test: SegmentTestConfig = SegmentTestConfig()
     attack: AttackConfig = AttackConfig()
 

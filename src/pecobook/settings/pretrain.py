@@ -14,10 +14,10 @@ from pecobook.settings.values import MAX_WIDTH, between, positive, settings_clas
 
 @settings_class
 class MaskConfig:
-    """The mask of the patches that the ViT does not see."""
+    """The mask of the patches that are hidden from the ViT."""
 
     kind: Literal["block", "random"] = "block"
-    """Shape of the mask: rectangular blocks as in BEiT, or single patches at random."""
+    """Shape of the mask: rectangular blocks as in BEiT, or single random patches."""
     num_masked: int = 75
     """Number of patches hidden in every image (the paper: 75 of 196)."""
     min_block: int = 16
@@ -29,7 +29,7 @@ class MaskConfig:
 
 @settings_class
 class DecoderConfig:
-    """The light decoder of the accelerated form (Table 8), as in MAE."""
+    """The light decoder of the accelerated training (Table 8), as in MAE."""
 
     depth: int = 8
     """Number of blocks of the decoder."""
@@ -49,28 +49,28 @@ class PretrainConfig(ProbedTrainConfig, ResidualConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""
-    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER,
-    taming:FILE, llamagen:FILE or fourm:FILE."""
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
+    llamagen:FILE or fourm:FILE."""
     tokens: str = ""
-    """A token bank of `pecobook tokenize`, whose views are replayed. The tokenizer then does not run in training."""
+    """A token bank made by `pecobook tokenize`, whose views are replayed. Training then does not run the tokenizer."""
     target: Literal["tokens", "pixels"] = "tokens"
-    """Target that is predicted for a hidden patch. It is the token of the patch, or its normalised pixels (MAE), which
-    need no tokenizer."""
+    """Target that is predicted for each hidden patch: its token, or its normalised pixels (MAE), which need no
+    tokenizer."""
     tokenizer_size: int = 0
-    """Side to which crops are resized for the tokenizer, pixels. 0 keeps the side of the crops."""
+    """Side to which crops are resized for the tokenizer, in pixels. 0 keeps their size."""
     visible_only: bool = False
-    """Train the accelerated form of Table 8: the ViT reads only the visible patches, and a light decoder predicts the
-    hidden patches."""
+    """Use the accelerated training of Table 8: the ViT reads only the visible patches, and a light decoder predicts the
+    hidden ones."""
     decoder: DecoderConfig = DecoderConfig()
     model: BackboneConfig = BackboneConfig(
         name="beit_base_patch16_224",
         args='{"init_values": 0.1, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
     )
     drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less often."""
     mask: MaskConfig = MaskConfig()
     colour: PhotometricConfig = PhotometricConfig(saturation=0.4, hue=0.0, jitter=1.0, grey=0.0)
-    """Colour changes of the crop, before both the tokenizer and the ViT see it (BEiT)."""
+    """Colour augmentation of the crop, applied before the tokenizer and the ViT both see it (BEiT)."""
     optim: BaseOptimConfig = BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
     max_steps: str = "300 epochs"
     batch_size: int = 2048

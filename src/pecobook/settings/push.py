@@ -1,4 +1,4 @@
-"""Settings of `pecobook push`, which uploads the export of a run to the Hugging Face hub."""
+"""Settings of `pecobook push`, which uploads a run's export to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pecobook.settings.values import refuse, settings_class
 
 @settings_class
 class PushConfig:
-    """Upload the export of a run, and nothing else of it, to the Hugging Face hub."""
+    """Upload a run's export, and nothing else of it, to the Hugging Face hub."""
 
     run: str = ""
-    """A finished run of any training command. On the command line the run and the repository may stand first, without
+    """A finished run of any training command. On the command line the run and the repository may come first, without
     the flags."""
     repo: str = ""
-    """Repository on the hub, OWNER/NAME. It is created if it is missing."""
+    """Repository on the hub, OWNER/NAME, created if it does not exist."""
     private: bool = False
-    """Create a private repository. A public one that exists is refused."""
+    """Create a private repository. An existing public one is refused."""
     revision: str = ""
-    """Branch that receives the files, created if it is missing; empty is main."""
+    """Branch that receives the files, created if it does not exist; empty is main."""
     message: str = ""
-    """Message of the commit; empty names the command that trained the run."""
+    """Commit message; empty names the command that trained the run."""
     license: str = ""
-    """Licence of the weights on the model card, as the hub names it, such as mit or apache-2.0. Without a licence
+    """Licence of the weights for the model card, as the hub names it, such as mit or apache-2.0. Without a licence
     nobody else may use the weights."""
     dry_run: bool = False
-    """List what would be sent, print the model card, and send nothing."""
+    """List what would be sent and print the model card, but send nothing."""
 
     def __post_init__(self) -> None:
         if self.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):

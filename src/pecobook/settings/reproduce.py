@@ -1,4 +1,4 @@
-"""Settings of `pecobook reproduce`, which trains the paper's tables again."""
+"""Settings of `pecobook reproduce`, which retrains the paper's tables."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ class ReproduceConfig(ManyRunsConfig):
     tables: tuple[str, ...] = ()
     """Tables of the paper: any of tables1-2, table1-large, table1-huge, table3, table4, table5, table6, table7, table8,
     table9, table10, table11, table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command
-    line the tables may stand first, without the flag."""
+    line they may come first, without the flag."""
     out: str = ""
-    """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
+    """Folder to write. An interrupted reproduction resumes there, and tables can be added to it later."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
-    """Size of the runs. tiny: 32 pixels, minutes for a run on 2 cores. small: five times as long. paper: the paper's
+    """Size of the runs. tiny: 32 pixels, minutes per run on 2 cores. small: five times as long. paper: the paper's
     recipes."""
     length: float = 1.0
     """Factor by which the number of steps of every run is multiplied."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs. Each row of a table is trained once for each seed."""
+    """Seeds of the runs. Each row of a table is trained once per seed."""
     transfer: bool = True
-    """Also pre-train and fine-tune a ViT on every tokenizer. With --no-transfer only the tokenizers are measured."""
+    """Also pre-train and fine-tune a ViT with every tokenizer. With --no-transfer only the tokenizers are measured."""
     backbone: BackboneConfig = BackboneConfig(name="")
-    """The ViT that is pre-trained and fine-tuned; without a name the ViT of the budget."""
+    """The ViT that is pre-trained and fine-tuned; without a name, the budget's ViT."""
     network: str = ""
-    """A perceptual network, named as in codebook's --perceptual.network. Empty trains a network on --data. In the study
-    `duel` it has a row of its own."""
+    """A perceptual network, named as in codebook's --perceptual.network. If empty, one is trained on --data. The study
+    `duel` gives the named network its own row."""
     network_layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers of the network of --network, given as in codebook's --perceptual.layers."""
+    """Layers of the --network network, given as in codebook's --perceptual.layers."""
     network_weights: str = ""
-    """A local file of weights for the network of --network; empty takes the network's own weights."""
+    """A local file of weights for the --network network. If empty, the network's own weights."""
     supervised: str = ""
-    """A supervised network for Table 5; empty trains a network on the labels of --data, or takes VGG-16 at budget
+    """A supervised network for Table 5. If empty, one is trained on the labels of --data, or VGG-16 is used with budget
     paper."""
     classifier: str = ""
-    """The classifier for reconstructions, named as in analyze's --classifier. Empty takes the supervised network that
-    is trained on --data, or timm:deit_tiny_patch16_224 at budget paper."""
+    """The classifier for reconstructions, named as in analyze's --classifier. If empty, the supervised network trained
+    on --data, or timm:deit_tiny_patch16_224 with budget paper."""
     dino: str = ""
-    """A ViT pre-trained by DINO, for its row in Table 1: timm:vit_base_patch16_224.dino has the public weights."""
+    """A ViT pre-trained with DINO, for its row in Table 1: timm:vit_base_patch16_224.dino has the public weights."""
     dalle: str = ""
-    """Folder of DALL-E's public tokenizer, for the rows of DALL-E."""
+    """Folder with DALL-E's public tokenizer, for the rows of DALL-E."""
     segmentation_data: str = ""
     """Images and masks for the segmentation of Tables 3 and 8, as in segment's --data."""
     segmentation_mask_values: tuple[str, ...] = ()
-    """Pixel values of the classes, as in segment's --mask-values; empty takes 0, 1, 2, ... or ADE20K's at budget
+    """Pixel values of the classes, as in segment's --mask-values. If empty, 0, 1, 2, ..., or ADE20K's with budget
     paper."""
     segmentation_ignore: tuple[str, ...] = ()
-    """Pixel values or classes that do not count, as in segment's --ignore; empty takes 255, or ADE20K's at budget
+    """Pixel values or classes that are ignored, as in segment's --ignore. If empty, 255, or ADE20K's with budget
     paper."""
     detection_data: str = ""
     """Images and objects in COCO's format for the detection of Tables 3 and 8, as in detect's --data."""
@@ -64,28 +64,28 @@ class ReproduceConfig(ManyRunsConfig):
     ssv2: str = ""
     """A folder of clips for the second column of Table 9, Something-Something v2."""
     more_data: str = ""
-    """More images, for Table 7 of the paper's first version."""
+    """Additional images, for Table 7 of the paper's first version."""
     gpus_per_run: int = 0
-    """Number of GPUs of each run; other runs use the other GPUs. 0 gives each run one GPU, or all GPUs at budget
+    """Number of GPUs per run; other runs use the remaining GPUs. 0 gives each run one GPU, or all GPUs with budget
     paper."""
     micro_batch_size: int = 0
-    """Largest number of images that a device holds at once in every training; 0 holds a device's share of the batch at
-    once."""
+    """Largest number of images that a device processes at once in every training; 0 processes a device's share of the
+    batch at once."""
     compile: bool = False
     """Compile the model of every training with torch.compile."""
     views: int = -1
-    """Number of views in the token banks from which ViTs learn. -1 chooses by the length of the pre-training: one view
-    for 20 epochs, at least 4, and no bank below 8 epochs. 0 runs the tokenizer in every step instead."""
+    """Number of views in the token banks that ViTs learn from. -1 chooses it from the length of the pre-training: one
+    view per 20 epochs, at least 4, and no bank below 8 epochs. 0 runs the tokenizer in every step instead."""
     train: bool = True
-    """Train the missing runs. With --no-train the tables are written from the runs that are finished."""
+    """Train the missing runs. With --no-train the tables are written from the finished runs alone."""
     dry_run: bool = False
-    """Print the plan, its jobs with their GPU-hours and disk, without training anything."""
+    """Print the plan (its jobs with their GPU-hours and disk space) without training anything."""
     json: bool = False
-    """With --dry-run, print the plan as JSON: every job with its command line and the jobs that it needs."""
+    """With --dry-run, print the plan as JSON: every job with its command line and the jobs it depends on."""
     commands: str = ""
-    """A file to write the plan to, one command a line, instead of training."""
+    """A file to write the plan to, one command per line, instead of training."""
     slurm: str = ""
-    """A file to write a script to that submits the plan to Slurm, instead of training."""
+    """A file for a script that submits the plan to Slurm, instead of training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

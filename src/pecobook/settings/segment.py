@@ -10,20 +10,20 @@ from pecobook.settings.values import between, positive, refuse, settings_class
 
 @settings_class
 class SegmentTestConfig:
-    """Segmentation of images of any size in the test."""
+    """How images of any size are segmented at test time."""
 
     mode: str = "whole"
-    """Input of the network: whole, the image at once, or slide, which averages over windows of --image-size."""
+    """Input of the network: whole, the image at once; or slide, which averages over windows of --image-size."""
     stride: float = 2 / 3
-    """Step from window to window, as a share of the window's side."""
+    """Step between windows, as a fraction of the window's side."""
     max_side: int = 2048
-    """Largest length of the long side of the scaled image, pixels. The short side becomes --image-size unless the long
-    side would exceed this length."""
+    """Largest length of the long side of the scaled image, in pixels. The short side becomes --image-size unless the
+    long side would exceed this length."""
     scales: tuple[float, ...] = (1.0,)
-    """Scales over which the prediction is averaged, as factors on the image's size; the average has the size of the
-    first scale. The paper tests at one scale; for several, 1 0.5 0.75 1.25 1.5 1.75 is usual."""
+    """Scales over which the prediction is averaged, as factors on the image's size; the result has the size of the
+    first scale. The paper tests at one scale; a usual set is 1 0.5 0.75 1.25 1.5 1.75."""
     flip: bool = False
-    """Average the prediction also over the mirrored image."""
+    """Also average the prediction over the mirrored image."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("whole", "slide"):
@@ -40,11 +40,11 @@ class SegmenterConfig:
     """The heads of the segmenter."""
 
     head_width: int = 0
-    """Number of channels of UperNet; 0 takes the width of the backbone."""
+    """Number of channels of UperNet; 0 uses the width of the backbone."""
     auxiliary_width: int = 256
-    """Number of channels of the auxiliary head; 0 leaves the auxiliary head out."""
+    """Number of channels of the auxiliary head; 0 removes this head."""
     auxiliary_weight: float = 0.4
-    """Weight of the loss of the auxiliary head."""
+    """Weight of the auxiliary head's loss."""
 
     def __post_init__(self) -> None:
         between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
@@ -58,21 +58,21 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig, StartConfig, Normalisat
     """Images and masks: a folder with images/ and masks/ (directly, under train/ and val/, or as in ADE20K), or
     hf:owner/name."""
     classes: str = ""
-    """File with a class on each line, followed by the colour R G B where masks are colour pictures; also a table, JSON,
-    CVAT's labelmap.txt or ADE20K's objectInfo150.txt. Empty takes classes.txt, or such a file, from the folder."""
+    """File with one class per line, followed by the colour R G B if masks are colour images; or a table, JSON, CVAT's
+    labelmap.txt or ADE20K's objectInfo150.txt. If empty, classes.txt, or such a file, in the folder."""
     mask_values: tuple[str, ...] = ()
-    """Pixel values of the classes where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
+    """Pixel values of the classes if they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
     ignore: tuple[str, ...] = ("255",)
-    """Pixel values or names of classes that count neither in the loss nor in the metrics."""
+    """Pixel values or names of classes that are ignored in the loss and in the metrics."""
     verify: bool = True
-    """Read every mask before training. With --no-verify, only some masks are read, and --classes or --mask-values must
+    """Read every mask before training. With --no-verify only some masks are read, and --classes or --mask-values must
     define the classes."""
     skip_bad: bool = False
-    """Leave out images with an unusable mask instead of refusing them. Such a mask has another size than the image or
-    an unknown value."""
+    """Leave out images with an unusable mask instead of refusing them: a mask whose size differs from the image's, or
+    with an unknown value."""
     pyramid: PyramidConfig = PyramidConfig()
     scales: tuple[float, float] = (0.5, 2.0)
-    """Smallest and largest random scale of a training image, as factors on its size in the test."""
+    """Smallest and largest random scale of a training image, as factors on its size at test time."""
     max_share: float = 0.75
     """Largest share of a training crop that one class may fill; 1 for no limit."""
     colours: PhotometricConfig = PhotometricConfig(
@@ -80,7 +80,7 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig, StartConfig, Normalisat
     )
     test: SegmentTestConfig = SegmentTestConfig()
     image_size: int = 512
-    """Side of the training crops, and short side of the images in the test, pixels."""
+    """Side of the training crops, and short side of test images, in pixels."""
     optim: OptimConfig = OptimConfig(lr=3e-4, warmup="1500", layer_decay=0.65, schedule="poly")
     evaluation_images: int = 5000
     max_steps: str = "160000"

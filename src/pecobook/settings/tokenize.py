@@ -11,52 +11,52 @@ from pecobook.settings.training import Precision, check_devices
 from pecobook.settings.values import LARGEST, Resume, between, positive, refuse, settings_class
 
 VIEW_SETTINGS = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
-"""Settings of a bank's views, which pre-training has too."""
+"""Settings of a bank's views that pre-training has too."""
 
 
 @settings_class
 class TokenizeConfig(ImagesConfig):
-    """Tokenize named views of your images once, for any number of pre-training runs."""
+    """Tokenize numbered views of your images once, for any number of pre-training runs."""
 
     tokenizer: str = ""
-    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER,
-    taming:FILE, llamagen:FILE or fourm:FILE."""
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,
+    llamagen:FILE or fourm:FILE."""
     out: str = ""
-    """Folder of the token bank to write. It must be new or empty, unless --resume or --overwrite is given."""
+    """Folder to write the token bank to. It must be new or empty, unless --resume or --overwrite is given."""
     views: int = 1
     """Number of views of every image. Epoch e of pre-training replays view e modulo this number."""
     seed: int = 0
-    """Seed of the crops and colour changes. Pre-training must use the same seed."""
+    """Seed of the crops and the colour augmentation. Pre-training must use the same seed."""
     image_size: int = 224
-    """Side of the crops that the ViT will see, pixels."""
+    """Side of the crops that the ViT will see, in pixels."""
     tokenizer_size: int = 0
-    """Side to which crops are resized for the tokenizer, pixels. 0 keeps the side of the crops."""
+    """Side to which crops are resized for the tokenizer, in pixels. 0 keeps their size."""
     min_crop: float = 0.2
     """Smallest share of an image's area that a random crop takes."""
     colour: PhotometricConfig = PhotometricConfig()
-    """Colour changes of the crops."""
+    """Colour augmentation of the crops."""
     batch_size: int = 256
     """Number of views that a device encodes at once."""
     workers: int = -1
-    """Number of data-loading processes of each device. -1 chooses from the number of cores."""
+    """Number of data-loading processes per device. -1 chooses it from the number of cores."""
     devices: str = "auto"
-    """Number of devices on each machine, or auto for every GPU. On a machine without a GPU auto is one process."""
+    """Number of devices per machine, or auto for every GPU. On a machine without a GPU, auto is one process."""
     num_nodes: int = 1
     """Number of machines."""
     precision: Precision = "auto"
-    """Precision of autocast in the tokenizer: fp32, bf16 or fp16. auto is bf16 where the hardware is faster with
-    it, else fp32. The precision of pre-training gives exactly the tokens that pre-training would compute."""
+    """Autocast precision of the tokenizer: fp32, bf16 or fp16. auto is bf16 on hardware where it is faster, otherwise
+    fp32. With the precision of pre-training, the tokens are exactly those that pre-training would compute."""
     shard: str = ""
-    """Write part I of N of the bank, given as I/N with I from 1 to N, beside other processes with the other parts, such
-    as the tasks of a job array. The first begins the bank, and the last to finish reports it."""
+    """Write part I of N of the bank, given as I/N with I from 1 to N, while other processes, such as the tasks of a job
+    array, write the other parts. The first one starts the bank, and the last to finish reports it."""
     resume: Resume = False
-    """Resume an unfinished token bank. `--resume auto` begins a bank where there is none."""
+    """Resume an unfinished token bank. `--resume auto` starts a bank if there is none."""
     overwrite: bool = False
     """Delete the contents of --out first."""
     verify_data: bool = False
-    """Read the content of all files of --data at the start, record it, and compare it when the bank is continued."""
+    """Read all files of --data at the start, record their content, and compare it when the bank is resumed."""
     accept_data_change: bool = False
-    """Continue although files of --data were changed in place since the bank was begun. Tokens that are written stay as
+    """Continue even if files of --data were changed in place since the bank was started. Tokens already written stay as
     they are."""
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class TokenizeConfig(ImagesConfig):
 
     @property
     def part(self) -> tuple[int, int]:
-        """The part of --shard that this process writes, counted from 0, and the number of parts."""
+        """The part that this process writes, counted from 0, and the number of parts."""
         return part_of(self.shard)
 
     @property
@@ -87,7 +87,7 @@ class TokenizeConfig(ImagesConfig):
 
 
 def check_shard(config: Any) -> None:
-    """Refuse a `shard` that is not I/N, and one beside `overwrite`."""
+    """Refuse a `shard` that is not I/N, or that is combined with `overwrite`."""
     if not config.shard:
         return
     match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", config.shard)

@@ -1,4 +1,4 @@
-"""Settings of the shape of a tokenizer and its codebook."""
+"""Settings of a tokenizer's architecture and codebook."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ PaddingMode = Literal["zeros", "reflect", "replicate"]
 
 @settings_class
 class AutoencoderConfig:
-    """The shape of the encoder and, mirrored, of the decoder."""
+    """The architecture of the encoder and, mirrored, of the decoder."""
 
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)
-    """Number of channels at each resolution, from the image to the latent grid; each further number halves the side."""
+    """Number of channels at each resolution, from image to latent grid; each number after the first halves the side."""
     latent_dim: int = 256
     """Dimension D of a codeword."""
     num_blocks: int = 2
-    """Number of residual blocks at each resolution; for a transformer, the number of all blocks."""
+    """Number of residual blocks at each resolution; for a transformer, the total number of blocks."""
     in_channels: int = 3
-    """Number of channels of the images; training reads 3 or 1 (grey), the Python API takes any number."""
+    """Number of image channels; training reads 3 or 1 (grey), the Python API takes any number."""
     kind: Literal["cnn", "vit"] = "cnn"
-    """Kind of network: cnn for convolutions, or vit for a plain transformer as encoder and as decoder (Table 12's ViT-B
+    """Type of network: cnn, convolutional; or vit, a plain transformer as encoder and as decoder (Table 12's ViT-B
     row), for which --model.channels is WIDTH PATCH."""
     num_heads: int = 12
     """Number of attention heads of a transformer."""
     decoder_width: float = 1.0
-    """Factor on the number of channels of the decoder (Table 12: 0.5)."""
+    """Multiplier on the decoder's number of channels (Table 12: 0.5)."""
     decoder_blocks: int = 0
-    """Number of blocks of the decoder; 0 takes --model.num-blocks (Table 12's half depth: 1)."""
+    """Number of blocks of the decoder; 0 uses --model.num-blocks (Table 12's half depth: 1)."""
     group_size: int = 16
-    """Minimum number of channels that a group of GroupNorm normalises together, in at most 32 groups; 0 always takes 32
-    groups. Groups of one or two channels erase brightness and colour, and codes then learn positions."""
+    """Minimum number of channels per GroupNorm group, of which there are at most 32; 0 always uses 32 groups. Groups of
+    one or two channels erase brightness and colour, and codes then learn positions."""
     padding: PaddingMode = "zeros"
-    """Pixels that a convolution reads beyond the border. From zeros a network can tell how far the border is."""
+    """Padding mode of the convolutions. From zeros a network can tell how far away the border is."""
     latent_norm: bool = False
     """Layer-normalise each latent vector, so that the scale of the vectors, and with it the commitment loss, cannot
     drift."""
@@ -65,7 +65,7 @@ class AutoencoderConfig:
         return self.channels[1] if self.kind == "vit" else int(2 ** (len(self.channels) - 1))
 
     def decoder_side(self) -> AutoencoderConfig:
-        """Return the shape that the decoder mirrors: this shape with the decoder's own width and depth."""
+        """Return the architecture that the decoder mirrors: this one, with the decoder's own width and depth."""
         if self.decoder_width == 1.0 and self.decoder_blocks == 0:
             return self
         widths = tuple(max(round(width * self.decoder_width), 1) for width in self.channels)
@@ -77,35 +77,35 @@ class AutoencoderConfig:
 
 @settings_class
 class VectorQuantizerConfig:
-    """The codewords and their learning rule: the settings of `VectorQuantizer`, and of the quantizers beside it."""
+    """The codewords and how they are learned: the settings of `VectorQuantizer` and of the other quantizers."""
 
     kind: QuantizerKind = "ema"
-    """Kind of quantizer: ema, a codebook by moving averages; gradient, by the middle term of equation 3 as printed; the
-    controls fsq (finite scalar), simvq (a fixed codebook under a learned matrix), lfq (signs), ibq (index
+    """Type of quantizer: ema, a codebook learned by moving averages; gradient, by the middle term of equation 3 as
+    printed; or a control: fsq (finite scalar), simvq (a fixed codebook under a learned matrix), lfq (signs), ibq (index
     backpropagation)."""
     levels: tuple[int, ...] = ()
     """Number of levels of each channel for fsq; their product is the number of codewords."""
     entropy_weight: float = 0.1
     """Weight of the entropy loss of lfq and ibq."""
     entropy_temperature: float = 0.01
-    """Temperature of the softmax of that loss."""
+    """Temperature of the softmax in the entropy loss."""
     num_codewords: int = 8192
     """Number of codewords K in the codebook."""
     decay: float = 0.99
-    """Decay of the moving averages from which codewords are computed."""
+    """Decay of the moving averages from which the codewords are computed."""
     eps: float = 1e-5
-    """Laplace smoothing of the counts of the codewords."""
+    """Laplace smoothing of the codeword counts."""
     revive_after: int = 100
-    """Number of steps without use after which a codeword is dead and is replaced; 0 never replaces a codeword."""
+    """Number of steps without use after which a codeword is dead and is replaced; 0 never replaces codewords."""
     start_after: int = 0
     """Number of steps during which latent vectors are not quantised, at most half of the training. k-means then
-    initialises the codebook on trained features, from which a short training gains much."""
+    initialises the codebook on trained features, which helps short trainings a lot."""
     normalise: bool = False
-    """Scale latent vectors and codewords to unit length, usual with few dimensions (--model.latent-dim 8): the distance
-    then depends on directions alone, and more of a large codebook is used."""
+    """Scale latent vectors and codewords to unit length, as is usual in few dimensions (--model.latent-dim 8):
+    distances then depend on direction alone, and more of a large codebook is used."""
     precision: SearchPrecision = "fp32"
-    """Precision of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU
-    but may choose another codeword at nearly the same distance."""
+    """Precision of the nearest-codeword search in training. fp32 is exact; tf32 and bf16 are faster on a GPU but may
+    choose another codeword at nearly the same distance."""
 
     def __post_init__(self) -> None:
         positive(self, "eps")
@@ -128,23 +128,23 @@ class VectorQuantizerConfig:
 
     @property
     def revives(self) -> bool:
-        """Whether codewords that are not used are replaced."""
+        """Whether unused codewords are replaced."""
         return self.kind in ("ema", "gradient")
 
     @property
     def has_loss(self) -> bool:
-        """Whether the quantizer has a loss of its own, beside the commitment loss."""
+        """Whether the quantizer has a loss of its own in addition to the commitment loss."""
         return self.kind != "ema"
 
     @property
     def factors(self) -> int:
-        """Number of channels of a latent vector that the kind requires; 0 for any number."""
+        """Number of latent channels that this kind requires; 0 for any number."""
         return {"fsq": len(self.levels), "lfq": self.num_codewords.bit_length() - 1}.get(self.kind, 0)
 
 
 @settings_class
 class QuantizerConfig(VectorQuantizerConfig):
-    """The codebook, its learning rule and the commitment loss."""
+    """The codebook, how it is learned, and the commitment loss."""
 
     commitment: float = 0.25
     """Weight of the commitment loss, beta in equation 3."""
@@ -162,12 +162,12 @@ class TokenizerConfig:
     num_codewords: int = 8192
     """Number of codewords K in the codebook."""
     quantizer: QuantizerKind = "ema"
-    """Kind of quantizer."""
+    """Type of quantizer."""
     levels: tuple[int, ...] = ()
-    """Number of levels of each channel, of fsq."""
+    """Number of levels of each channel for fsq."""
     image_size: int = 224
-    """Side of the images that the tokenizer was trained at, pixels."""
+    """Side of the images that the tokenizer was trained on, in pixels."""
     features: int = 0
-    """Number of channels of the features that the decoder predicts in place of pixels; 0 for a decoder of pixels."""
+    """Number of channels of the features that the decoder predicts instead of pixels; 0 if it predicts pixels."""
     teacher: str = ""
     """The network whose features the decoder predicts."""

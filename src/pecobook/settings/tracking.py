@@ -10,15 +10,15 @@ class TrackingConfig:
     """Where Weights & Biases and MLflow keep a run, for --loggers wandb and mlflow."""
 
     project: str = "pecobook"
-    """Project of Weights & Biases; experiment of MLflow."""
+    """Weights & Biases project, or MLflow experiment."""
     entity: str = ""
-    """User or team of Weights & Biases; empty takes the default of the account. MLflow has none."""
+    """Weights & Biases user or team; empty uses the account's default. MLflow has none."""
     group: str = ""
-    """Name that runs of a sweep have in common: the group of Weights & Biases, a tag of MLflow."""
+    """Name shared by the runs of a sweep: the Weights & Biases group, or an MLflow tag."""
     tags: tuple[str, ...] = ()
     """Tags of the run."""
     offline: bool = False
-    """Send nothing: the files stay in the run folder, and `wandb sync` or `mlflow ui` reads them there."""
+    """Send nothing: the files stay in the run folder, where `wandb sync` or `mlflow ui` can read them."""
 
     def __post_init__(self) -> None:
         different(self, "tags")

@@ -1,4 +1,4 @@
-"""Settings of every training command and of its optimizer."""
+"""Settings shared by every training command, and those of its optimizer."""
 
 from __future__ import annotations
 
@@ -31,41 +31,42 @@ AttentionKernel = Literal["sdpa", "triton"]
 
 @settings_class
 class BaseOptimConfig:
-    """The optimizer and the schedule of its learning rate."""
+    """The optimizer and its learning rate schedule."""
 
     name: Literal["adamw", "adam", "lars"] = "adamw"
-    """Name of the optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks at very large
+    """Name of the optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks with very large
     batches."""
     lr: float = 1.5e-3
     """Peak learning rate, after the warm-up."""
     lr_batch_size: int = 0
-    """Global batch size for which --optim.lr is given: the learning rate is scaled in proportion to --batch-size. 0
-    does not scale the learning rate."""
+    """Global batch size that --optim.lr refers to: the learning rate is scaled linearly with --batch-size. 0 does not
+    scale it."""
     final_lr: float = 0.0
-    """Learning rate at the end of a cosine or poly schedule, or of a cooldown. It would be reached one step after the
-    last step, so the last step has a slightly larger learning rate."""
+    """Learning rate at the end of a cosine or poly schedule, or of a cooldown. The schedule would reach it one step
+    after the last, so the last step uses a slightly higher rate."""
     schedule: Literal["cosine", "poly", "steps", "constant"] = "cosine"
-    """Schedule of the learning rate after the warm-up: cosine, half a cosine; poly, the share of remaining steps to the
-    power of --optim.power; steps, a tenth at each of --optim.milestones; constant, the same rate until the
-    --optim.cooldown. A constant run can go on after its end: --resume --max-steps MORE."""
+    """Learning rate schedule after the warm-up: cosine, half a cosine; poly, the remaining share of the training to the
+    power of --optim.power; steps, divided by ten at each of --optim.milestones; constant, unchanged until
+    --optim.cooldown. A run with a constant schedule can be extended after its end: --resume --max-steps MORE."""
     cooldown: str = "0"
-    """Length of the linear fall to --optim.final-lr at the end of a constant schedule: steps, "N epochs", "N images" or
-    "N%" of the training. The checkpoint at its start is kept, so that the run can go on from there."""
+    """Length of the linear decay to --optim.final-lr at the end of a constant schedule: steps, "N epochs", "N images"
+    or "N%" of the training. The checkpoint at the start of the cooldown is kept, so that the run can be extended from
+    there."""
     power: float = 1.0
-    """Exponent of the poly schedule; with 1 the learning rate falls linearly."""
+    """Exponent of the poly schedule; 1 makes the learning rate decay linearly."""
     milestones: tuple[str, ...] = ()
     """Times at which the steps schedule divides the learning rate by ten: steps, "N epochs", "N images" or "N%"."""
     warmup: str = "5%"
     """Length of the linear warm-up from 0: steps, "N epochs", "N images" or "N%" of the training."""
     weight_decay: float = 0.05
-    """Weight decay: adamw decouples it from the gradient, adam and lars add it to the gradient. Biases, norms, position
-    tables and the mask token are not decayed."""
+    """Weight decay: adamw decouples it from the gradient, adam and lars add it to the gradient. It does not apply to
+    biases, norms, position tables and the mask token."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two moments; for lars the first number is the momentum."""
     eps: float = 1e-8
     """Epsilon that Adam adds to the root of the second moment."""
     clip_grad: float = 0.0
-    """Largest norm of the whole gradient; a larger gradient is clipped to this norm. 0 does not clip."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down to it. 0 does not clip."""
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
@@ -83,16 +84,16 @@ class BaseOptimConfig:
 
     @property
     def layer_decay(self) -> float:
-        """Factor on the learning rate from each layer to the layer below; here 1, the same rate for all layers."""
+        """Factor on the learning rate from each layer to the one below; here 1, the same rate for all layers."""
         return 1.0
 
 
 @settings_class
 class OptimConfig(BaseOptimConfig):
-    """The optimizer and its schedule, with learning rates by layer for a pre-trained backbone."""
+    """The optimizer and its schedule, with layer-wise learning rates for a pre-trained backbone."""
 
     layer_decay: float = 1.0
-    """Factor on the learning rate from each layer to the layer below; 1 gives all layers the same rate."""
+    """Factor on the learning rate from each layer to the one below; 1 gives all layers the same rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,15 +102,15 @@ class OptimConfig(BaseOptimConfig):
 
 @settings_class
 class StartConfig:
-    """The backbone that a training with labels starts from."""
+    """The backbone that supervised training starts from."""
 
     backbone: str = ""
     """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
     weights: str = ""
-    """A local file of weights for the backbone, or random to start untrained: all its layers then learn at one rate
-    unless --optim.layer-decay is given too. Empty takes the weights of --backbone."""
+    """A local file of weights for the backbone, or random to train from scratch: all its layers then share one learning
+    rate unless --optim.layer-decay is given too. If empty, the weights of --backbone."""
     drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less often."""
 
     def __post_init__(self) -> None:
         between(self, 0.0, 1.0, "drop_path")
@@ -121,10 +122,10 @@ class StartConfig:
 
     @staticmethod
     def implied(changes: dict[str, Any]) -> dict[str, Any]:
-        """Return settings that follow from `changes` unless these contain them.
+        """Return the settings implied by `changes`, which apply unless `changes` sets them.
 
-        A layer decay keeps what the lower layers of a trained network have learned. Random weights hold nothing to
-        keep, and a decay would leave the lower layers almost untrained.
+        Layer decay preserves what the lower layers of a trained network have learned. Random weights hold nothing to
+        preserve, and a decay would leave the lower layers almost untrained.
         """
         return {"optim.layer_decay": 1.0} if changes.get("weights") == "random" else {}
 
@@ -138,43 +139,43 @@ def check_devices(config: Any) -> None:
 
 @settings_class
 class TrainConfig(ImagesConfig):
-    """The settings of every training command."""
+    """The settings shared by every training command."""
 
     out: str = ""
     """Run folder to write. It must be new or empty, unless --resume or --overwrite is given."""
     seed: int = 0
-    """Seed of everything random: weights, order of the images, crops, masks, dropout."""
+    """Seed of everything random: weights, image order, crops, masks, dropout."""
     devices: str = "auto"
-    """Number of devices on each machine, or auto for every GPU. On a machine without a GPU auto is one process."""
+    """Number of devices per machine, or auto for every GPU. On a machine without a GPU, auto is one process."""
     num_nodes: int = 1
     """Number of machines."""
     strategy: Strategy = "auto"
-    """Distribution of the model over processes: ddp copies the model, fsdp shards it. auto is ddp for several
-    processes."""
+    """How the model is distributed: ddp replicates it in every process, fsdp shards it. auto is ddp if there are
+    several processes."""
     communication: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which several processes exchange what they compute: bf16 halves the traffic, and rounds the
-    gradients before they are summed under ddp, the weights of each pass under fsdp."""
+    """Precision of communication between processes: bf16 halves the traffic; it rounds the gradients before they are
+    summed under ddp, and the weights gathered in each pass under fsdp."""
     precision: Precision = "auto"
-    """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware is faster with it, else fp32."""
+    """Autocast precision: fp32, bf16 or fp16. auto is bf16 on hardware where it is faster, otherwise fp32."""
     attention: AttentionKernel = "sdpa"
-    """Kernel of attention on a GPU under bf16 or fp16: sdpa, PyTorch's; triton, ours for learned relative positions
-    (BEiT's) of up to 256 tokens, which sums the gradient of the positions over images before it is written."""
+    """Attention kernel on a GPU under bf16 or fp16: sdpa, PyTorch's; triton, ours for learned relative positions
+    (BEiT's) of up to 256 tokens, which sums the gradient of the positions over images before writing it."""
     batch_size: int = 256
-    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
+    """Number of images in one optimizer step, shared by all devices and accumulation steps."""
     micro_batch_size: int = 0
-    """Largest number of images that a device holds at once. Gradients are accumulated over the images of a device; 0
-    holds all of them at once."""
+    """Largest number of images that a device processes at once. Gradients are accumulated over a device's share of the
+    batch; 0 processes the share at once."""
     max_steps: str = "100 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     image_size: int = 224
     """Side of the square views that the model sees, in pixels."""
     workers: int = -1
-    """Number of data-loading processes of each device. -1 chooses from the number of cores."""
+    """Number of data-loading processes per device. -1 chooses it from the number of cores."""
     shuffle_window: int = 0
-    """Number of images that are shuffled together, as 32 runs of neighbouring images. 0 shuffles all images of an
-    epoch; some thousand are for storage that is slow at single images: object storage, NFS, spinning disks."""
+    """Number of images that are shuffled together, read as 32 runs of neighbouring images. 0 shuffles each epoch as a
+    whole; a few thousand suit storage with slow random access: object storage, NFS, spinning disks."""
     loggers: tuple[str, ...] = ("auto",)
-    """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow. auto is tensorboard where it is
+    """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow. auto is tensorboard if it is
     installed."""
     tracking: TrackingConfig = TrackingConfig()
     log_every: int = 10
@@ -182,34 +183,34 @@ class TrainConfig(ImagesConfig):
     save_every: int = 1000
     """Number of steps between checkpoints."""
     save_minutes: float = 15.0
-    """Largest number of minutes between checkpoints."""
+    """Longest time between checkpoints, in minutes."""
     keep_checkpoints: int = 2
-    """Number of checkpoints that are kept. Older checkpoints are deleted."""
+    """Number of checkpoints to keep. Older checkpoints are deleted."""
     sample_every: int = 1000
-    """Number of steps between evaluations, which also draw pictures into samples/."""
+    """Number of steps between evaluations, which also write pictures to samples/."""
     evaluation_images: int = 1024
     """Largest number of held-out images in each evaluation."""
     deterministic: bool = False
-    """Use deterministic kernels on a GPU, where PyTorch has them, so that a repeated or resumed run gives exactly the
-    same weights; this is slower. A CPU always computes deterministically."""
+    """Use deterministic kernels on a GPU where PyTorch has them, so that a repeated or resumed run ends with exactly
+    the same weights; this is slower. A CPU is always deterministic."""
     init: str = ""
-    """Weights to start from in place of random ones: a run of this command. `contrast` and `pretrain` also take any
-    other backbone: a run, timm:NAME, or a file of its weights; `codebook` a file of a tokenizer's weights. The network,
-    and the number of codewords, are then those of --init unless they are given too."""
+    """Weights to start from instead of random ones: a run of this command. `contrast` and `pretrain` also take any
+    other backbone (a run, timm:NAME, or a file of its weights), and `codebook` a file of a tokenizer's weights. The
+    network, and the number of codewords, then come from --init unless they are given too."""
     optim: BaseOptimConfig = BaseOptimConfig()
     resume: Resume = False
-    """Resume from the last checkpoint in --out. `--resume auto` starts a run where there is none, so that one command
+    """Resume from the last checkpoint in --out. `--resume auto` starts a new run if there is none, so that one command
     line serves for the first start and for every restart."""
     overwrite: bool = False
     """Delete the contents of --out first."""
     verify_data: bool = False
-    """Read the content of all files of --data at the start, record it, and compare it when the run resumes; without
-    this flag a run compares names, sizes and times, and the content of a few files."""
+    """Read all files of --data at the start, record their content, and compare it when the run resumes; without this
+    flag, names, sizes and times are compared, and the content of a few files."""
     accept_data_change: bool = False
-    """Resume although the data have changed since the run began. The change is recorded in the run folder."""
+    """Resume even if the data have changed since the run began. The change is recorded in the run folder."""
     dry_run: bool = False
-    """Say what the run would learn from, its settings, memory and time, and write nothing. A few images are computed to
-    measure this."""
+    """Report the run's data, settings, memory and time without writing anything. A few images are processed to measure
+    this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,13 +243,13 @@ class TrainConfig(ImagesConfig):
 
 @settings_class
 class CompileTrainConfig(TrainConfig):
-    """The settings of every training command whose step torch.compile can compile."""
+    """The settings shared by every training command whose step torch.compile can compile."""
 
     compile: bool = False
     """Compile the training step with torch.compile."""
     compile_mode: Literal["default", "max-autotune"] = "default"
-    """With --compile: max-autotune tries many kernels of each product and convolution first, which takes minutes more
-    at the start and may save a few percent of a step on a GPU."""
+    """With --compile: max-autotune first tries many kernels for each matrix product and convolution, which takes
+    minutes at the start and may save a few percent of a step on a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,7 +259,7 @@ class CompileTrainConfig(TrainConfig):
 
 @settings_class
 class CropTrainConfig(CompileTrainConfig):
-    """The settings of every training command that learns from random crops."""
+    """The settings shared by every training command that learns from random crops."""
 
     min_crop: float = 0.2
     """Smallest share of an image's area that a random crop takes."""
@@ -274,22 +275,22 @@ class ResidualConfig:
     """The residual stream of a transformer."""
 
     residual: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which a token goes from block to block of a transformer under --precision bf16: bf16 takes less
-    memory and time on a GPU, and rounds the sum after every block."""
+    """Precision of the tokens passed between the blocks of a transformer under --precision bf16: bf16 takes less memory
+    and time on a GPU, and rounds the sum after every block."""
 
 
 @settings_class
 class ProbedTrainConfig(CropTrainConfig):
-    """The settings of every training command that learns features without labels."""
+    """The settings shared by every training command that learns features without labels."""
 
     probe_data: str = ""
-    """Images on which the features are measured as training goes, apart from --data: k-NN and linear accuracy if they
-    have labels, and in any case the effective rank (RankMe). The weights stay those of a run without it."""
+    """Images, separate from --data, on which the features are evaluated during training: k-NN and linear accuracy if
+    they have labels, and always the effective rank (RankMe). This does not change the weights."""
     probe_every: int = 0
-    """Number of steps between these measurements. 0 measures the time of the first and chooses the number, so that they
-    take less than 2% of the time."""
+    """Number of steps between these evaluations. 0 times the first one and chooses the number, so that they take less
+    than 2% of the time."""
     probe_images: int = 1024
-    """Largest number of training images, and of held-out images, of --probe-data."""
+    """Largest number of training images, and of held-out images, taken from --probe-data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,12 +300,12 @@ class ProbedTrainConfig(CropTrainConfig):
 
 @settings_class
 class BackboneConfig:
-    """A network of timm, given by name and arguments."""
+    """A timm network, given by name and arguments."""
 
     name: str = "beit_base_patch16_224"
     """Name of a timm network."""
     args: str = "{}"
-    """Further arguments of timm.create_model, as a JSON object."""
+    """Additional arguments for timm.create_model, as a JSON object."""
 
     def __post_init__(self) -> None:
         try:

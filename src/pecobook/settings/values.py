@@ -1,7 +1,7 @@
 """Checks, conversions and comparisons of settings, which come from flags, Python keywords or JSON.
 
 A recipe (`pecobook.recipes`) is a settings object with all values; the command line and Python keywords replace single
-values; `to_dict` gives the resolved settings of a run, and `load` reads them. No code is ever built from a string.
+values; `to_dict` returns the resolved settings of a run, and `load` reads them. No code is ever built from a string.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def positive(config: object, *names: str, most: float = LARGEST) -> None:
 
 
 def not_negative(config: object, *names: str) -> None:
-    """Refuse every named field of `config` that is below zero, infinite or nan, or a tuple with such a number."""
+    """Refuse every named field of `config` that is, or contains, a number below zero, infinity or nan."""
     between(config, 0, math.inf, *names)
 
 
 def between(config: object, low: float, high: float, *names: str) -> None:
     """Refuse every named field of `config` outside [low, high]; every number of a tuple must lie in this range.
 
-    Infinity and numbers above `LARGEST` are refused too where `high` is infinity.
+    If `high` is infinity, infinity and numbers above `LARGEST` are refused too.
     """
     for name in names:
         for value in _numbers(config, name, high if low <= 0 and high > 1 else math.inf):
@@ -80,7 +80,7 @@ def below_one(config: object, *names: str) -> None:
 
 
 def different(config: object, *names: str) -> None:
-    """Refuse every named field of `config` with an item twice."""
+    """Refuse every named field of `config` that contains an item twice."""
     for name in names:
         items = getattr(config, name)
         for item in dict.fromkeys(item for item in items if items.count(item) > 1):
@@ -102,9 +102,9 @@ def _numbers(config: object, name: str, most: float = math.inf) -> list[float]:
 
 
 def narrow(config: Any) -> None:
-    """Convert each group of `config` to the declared type of its field, where Python code passed a subclass.
+    """Convert each group of `config` to the declared type of its field, in case Python code passed a subclass.
 
-    Refuses a value other than the default in a field that only the subclass has, since the command would not read it.
+    Refuses a non-default value in a field that only the subclass has, since the command would not read it.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -121,9 +121,9 @@ def narrow(config: Any) -> None:
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings_class(config_type: type[C]) -> type[C]:
-    """Make a class of settings: a frozen dataclass, built by keywords, whose fields take their declared choices alone.
+    """Make a settings class: a frozen keyword-only dataclass whose fields with fixed choices accept no other value.
 
-    A value that is none of the choices raises ConfigError, also where Python code builds the settings.
+    Any other value raises ConfigError, also if Python code builds the settings.
     """
     made = dataclasses.dataclass(frozen=True, kw_only=True)(config_type)
     build = made.__init__
@@ -139,7 +139,7 @@ def settings_class(config_type: type[C]) -> type[C]:
 
 @functools.cache
 def _choices(config_type: type[Any]) -> dict[str, Any]:
-    """Return the fields that take one of some words, or several of them, with the types of their values."""
+    """Return the fields that take one or several of a fixed set of words, with the types of their values."""
     kinds = typing.get_type_hints(config_type)
     return {
         name: kind
@@ -149,17 +149,17 @@ def _choices(config_type: type[Any]) -> dict[str, Any]:
 
 
 def flag(name: str) -> str:
-    """Return the name of a field on the command line, without dashes in front."""
+    """Return a field's name on the command line, without leading dashes."""
     return name.replace("_", "-")
 
 
 def is_switch(kind: Any) -> bool:
-    """Return whether a flag of this type of value may stand alone."""
+    """Return whether a flag whose value has this type may be given without a value."""
     return kind is bool or kind == Resume
 
 
 def field_name(flag_name: str) -> str:
-    """Return the name of the field of a flag, which is given without the dashes in front; dots stay."""
+    """Return the field name of a flag, which is given without leading dashes; dots stay."""
     return flag_name.replace("-", "_")
 
 
@@ -183,7 +183,7 @@ def _flags(config_type: type[Any], prefix: str) -> dict[str, Any]:
 
 
 def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> list[str]:
-    """Return the flags that turn `default` into `config`; `shlex.join` makes a line of them that a shell reads so.
+    """Return the flags that turn `default` into `config`; `shlex.join` turns them into a shell command line.
 
     Args:
         config: settings.
@@ -213,9 +213,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def replace(config: C, changes: dict[str, Any]) -> C:
     """Return a copy of `config` with `changes`, given as nested dictionaries or by dotted names.
 
-    Where `config` has a method `implied`, settings that follow from `changes` change too, unless `changes` contains
-    them. Raises ConfigError for unknown names and values of the wrong type or out of range, with one line for each
-    problem.
+    If `config` has a method `implied`, the settings implied by `changes` change too, unless `changes` contains them.
+    Raises ConfigError for unknown names and for values of the wrong type or out of range, with one line per problem.
     """
     problems: list[str] = []
     implied = getattr(config, "implied", None)
@@ -264,7 +263,7 @@ def _nested(changes: dict[str, Any]) -> dict[str, Any]:
 def _construct(config: C, values: dict[str, Any], prefix: str, problems: list[str], *, has_problems: bool) -> C | None:
     """Return `config` with `values`, or None after adding the problems that its `__post_init__` reports.
 
-    Where this group has problems already, a conflict between settings is not reported, because it may follow from them.
+    If this group already has problems, a conflict between settings is not reported, because it may follow from them.
     """
     refused: list[tuple[str, str]] = []
     token = _collected.set(refused)
@@ -286,9 +285,9 @@ def _construct(config: C, values: dict[str, Any], prefix: str, problems: list[st
 
 
 def coerce(value: Any, kind: Any, name: str) -> Any:
-    """Convert a plain value (from JSON, Python or the text of a flag) to the type `kind` of a field.
+    """Convert a plain value (from JSON, Python or the text of a flag) to a field's type `kind`.
 
-    Raises ConfigError that names the flag, the value and the values that the flag takes.
+    Raises a ConfigError that names the flag, the value and the values that the flag takes.
     """
     origin = get_origin(kind)
     if origin is Literal:
@@ -341,9 +340,9 @@ def load(default: C, path: str | Path, command: str = "") -> C:
     """Return `default` with the values of a configuration file: config.json of a run, YAML or TOML.
 
     Args:
-        default: settings with the values that the file does not contain.
+        default: settings that provide the values missing from the file.
         path: the file, or a folder with a config.json.
-        command: name of the command that the file must belong to; empty accepts the file of any command.
+        command: the command that the file must belong to; if empty, a file of any command is accepted.
 
     Raises:
         ConfigError: the file is missing or invalid, or belongs to another command.
