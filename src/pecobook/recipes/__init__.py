@@ -1,9 +1,9 @@
-"""Recipes: named settings with a documented claim. Each function of the modules here is a recipe; a second name is an
+"""Recipes: named settings with a documented claim. Each function of the modules here is a recipe; an alias is an
 assignment below it. `pecobook recipes` lists all recipes.
 
 The first line of a docstring is the claim; "Source", "Command", "Cost" and "Result" follow where they are known. A
-result belongs to exactly these settings, or names the settings it belongs to. The `tiny` recipes run the code of the
-others with smaller numbers: about a minute on 2 cores. The tests train them.
+result belongs to exactly these settings, or names the settings it belongs to. The `tiny` recipes run the same code as
+the others with smaller numbers, in about a minute on 2 cores. The tests train them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Recipe: TypeAlias = Callable[[], TrainConfig]
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Recipe]:
-    """Return the functions of a module, each of which is a recipe, in their order and by their names with dashes."""
+    """Return the functions of a module, each of which is a recipe, in source order and keyed by name with dashes."""
     return {
         name.replace("_", "-"): value
         for name, value in vars(module).items()
@@ -52,13 +52,13 @@ def recipe(command: str, name: str = DEFAULT_RECIPE) -> Any:
 
 
 def tokenize(name: str = DEFAULT_RECIPE) -> TokenizeConfig:
-    """Return the settings of a token bank with the views of a `pretrain` recipe. Raises ConfigError as `recipe`."""
+    """Return the settings of a token bank with the views of a `pretrain` recipe. Raises ConfigError like `recipe`."""
     base = recipe("pretrain", name)
     return TokenizeConfig(**{name: getattr(base, name) for name in VIEW_SETTINGS})
 
 
 def claim(command: str, name: str) -> str:
-    """Return the claim of a recipe, one sentence; of a second name, the first name of the recipe."""
+    """Return a recipe's claim, one sentence; for an alias, the name that it stands for."""
     text = story(command, name).splitlines()[0]
     recipes = RECIPES[command]
     first = next(other for other in recipes if recipes[other] is recipes[name])
@@ -66,11 +66,11 @@ def claim(command: str, name: str) -> str:
 
 
 def story(command: str, name: str) -> str:
-    """Return the documentation of a recipe: claim, source, command, cost, result. Raises ConfigError as `recipe`."""
+    """Return a recipe's documentation: claim, source, command, cost, result. Raises ConfigError like `recipe`."""
     recipe(command, name)
     return inspect.getdoc(RECIPES[command][name]) or ""
 
 
 def claims() -> list[tuple[str, str, str]]:
-    """Return command, name and claim of every recipe."""
+    """Return the command, name and claim of every recipe."""
     return [(command, name, claim(command, name)) for command, recipes in RECIPES.items() for name in recipes]

@@ -1,4 +1,4 @@
-"""Recipes of `pecobook codebook`: the paper's tokenizers, and smaller tokenizers."""
+"""Recipes of `pecobook codebook`: the paper's tokenizers, and smaller ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pecobook.settings.training import BaseOptimConfig
 
 
 def tiny() -> CodebookConfig:
-    """512 codewords, 16 tokens for a 32-pixel image, 600 steps of 16: about a minute on 2 cores.
+    """512 codewords, 16 tokens per 32-pixel image, 600 steps at batch 16: about a minute on 2 cores.
 
-    Steps are many and small, because a short training learns by its number of steps. The moving averages and revival
-    of codewords are faster than the paper's, because there are still few steps. Batch, learning rate and the weight of
-    the perceptual loss were chosen on training images that were held out (docs/results.md).
+    There are many small steps, because what a short training learns depends on its number of steps. The moving averages
+    and the revival of codewords are faster than the paper's, because there are still few steps. The batch size, the
+    learning rate and the weight of the perceptual loss were chosen on held-out training images (docs/results.md).
 
     Command: pecobook codebook tiny --data photos --out runs/codebook
-    Result: a run that was killed and resumed exports the same bytes as an uninterrupted run, in one process and in two
-        (docs/results.md).
+    Result: a run that is killed and resumed exports the same bytes as an uninterrupted run, with one process and with
+        two (docs/results.md).
     """
     return CodebookConfig(
         batch_size=16,
@@ -38,7 +38,7 @@ def tiny() -> CodebookConfig:
 
 
 def cifar10() -> CodebookConfig:
-    """CIFAR-10, 16 tokens for an image, 30 epochs, perceptual weight 0.1 as in the other small recipes.
+    """CIFAR-10, 16 tokens per image, 30 epochs, perceptual weight 0.1 as in the other small recipes.
 
     Command: pecobook codebook cifar10 --data CIFAR10 --perceptual.network runs/contrast --out runs/codebook
     Cost: 1.2 GFLOP for an image (counted, without the perceptual network); 140 images/s on 2 CPU cores (measured), so
@@ -59,7 +59,7 @@ def cifar10() -> CodebookConfig:
 
 
 def tiny_imagenet() -> CodebookConfig:
-    """Tiny-ImageNet at 64 pixels, 64 tokens for an image, 2,048 codewords, 50 epochs.
+    """Tiny-ImageNet at 64 pixels, 64 tokens per image, 2,048 codewords, 50 epochs.
 
     Command: pecobook codebook tiny-imagenet --data TINY_IMAGENET --perceptual.network runs/contrast --out runs/codebook
     Cost: 13 GFLOP for an image (counted, without the perceptual network); 17 images/s on 2 CPU cores (measured), so 31
@@ -78,13 +78,14 @@ def tiny_imagenet() -> CodebookConfig:
 
 
 def imagenette() -> CodebookConfig:
-    """Photographs at 128 pixels, 64 tokens for an image, 1,024 codewords, 20 epochs.
+    """Photographs at 128 pixels, 64 tokens per image, 1,024 codewords, 20 epochs.
 
     Command: pecobook codebook imagenette --data IMAGENETTE --perceptual.network runs/contrast --out runs/codebook
-    Result: after 1.3 epochs, three seeds, under SqueezeNet: 18.1 dB (pixel loss alone: 18.0), 1,023 codewords
-        used, position within 2.5 points of permuted codes, 55% of the codes move with a crop (docs/results.md).
+    Result: 1.3 epochs with SqueezeNet as the network, three seeds: 18.1 dB (18.0 with the pixel loss alone), 1,023
+        codewords used, position within 2.5 points of permuted codes, 55% of the codes move with a crop
+        (docs/results.md).
     Cost: 11 GFLOP for an image (counted, without the perceptual network); 7 images/s on one CPU core with SqueezeNet
-        (measured), so 23 minutes for one epoch of 9,469 images there.
+        (measured), so 23 minutes per epoch of 9,469 images there.
     """
     return CodebookConfig(
         batch_size=16,
@@ -101,11 +102,11 @@ def imagenette() -> CodebookConfig:
 
 
 def imagenette_224() -> CodebookConfig:
-    """Photographs at 224 pixels, 196 tokens for an image, 8,192 codewords, 20 epochs: the paper's geometry.
+    """Photographs at 224 pixels, 196 tokens per image, 8,192 codewords, 20 epochs: the paper's geometry.
 
     Command: pecobook codebook imagenette-224 --data IMAGENETTE --perceptual.network runs/contrast --out runs/codebook
     Cost: 100 GFLOP for an image (counted, without the perceptual network), so 1.9e16 FLOP for 9,469 images; minutes on
-        an H200 (estimated), not for a CPU.
+        an H200 (estimated), too slow for a CPU.
     """
     base = imagenette()
     return dataclasses.replace(
@@ -119,11 +120,10 @@ def imagenette_224() -> CodebookConfig:
 def paper() -> CodebookConfig:
     """PeCo's tokenizer: 8,192 codewords, 14 x 14 tokens at 224 pixels, MoCo v3 ViT-B blocks 3, 6, 9, 12.
 
-    37.5M parameters in encoder and codebook, as Table 2 counts them.
+    The encoder and the codebook have 37.5M parameters, as counted in Table 2.
 
     Source: section 4 and Table 2 (84.1% after 300 epochs of pre-training). Batch 128, Adam (0.5, 0.95), lr 5e-5, 100
-        epochs, warm-up 5,000 steps, lambda 1, beta 0.25. docs/decisions.md states the choices that the paper leaves
-        open.
+        epochs, warm-up 5,000 steps, lambda 1, beta 0.25. docs/decisions.md lists our choices where the paper is silent.
     Command: pecobook codebook paper --data IMAGENET --perceptual.network runs/contrast --compile --out runs/codebook
     Cost: 690 GFLOP for an image (counted: tokenizer 588, perceptual network 101), so 8.8e19 FLOP for ImageNet-1K. About
         110 hours of one H200 (estimated) at the 227 TFLOP/s of a step with VGG-16 and --compile, 170 without --compile.
@@ -195,8 +195,7 @@ def paper_resnet50() -> CodebookConfig:
 
     MoCo v3's public checkpoint fits: --perceptual.network timm:resnet50 --perceptual.weights r-50-1000ep.pth.tar.
 
-    Source: Table 5 (84.0% after 300 epochs of pre-training). The paper does not name the method that trained the
-        network.
+    Source: Table 5 (84.0% after 300 epochs of pre-training). The paper does not say how the network was trained.
     Command: pecobook codebook paper-resnet50 --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
     Cost: 613 GFLOP for an image (counted), so 7.9e19 FLOP; about 110 hours of one H100 at 200 TFLOP/s (estimated).
     """
@@ -206,7 +205,7 @@ def paper_resnet50() -> CodebookConfig:
 def paper_vgg16() -> CodebookConfig:
     """PeCo's tokenizer with the features of a supervised VGG-16 after each of its five stages.
 
-    The weights come from torchvision's server, or with --perceptual.weights from a local file vgg16-397923af.pth.
+    The weights come from torchvision's server, or from a local vgg16-397923af.pth with --perceptual.weights.
 
     Source: Table 5 (84.1% after 300 epochs of pre-training). The paper does not give the depth of the VGG; 16 is our
         choice.
@@ -219,12 +218,11 @@ def paper_vgg16() -> CodebookConfig:
 
 
 def modern_dinov3() -> CodebookConfig:
-    """PeCo's tokenizer under a network of today: DINOv3's ViT-B, blocks 3, 6, 9, 12, images at 224 pixels.
+    """PeCo's tokenizer with a recent perceptual network: DINOv3's ViT-B, blocks 3, 6, 9, 12, images at 224 pixels.
 
-    The blocks are the paper's, and no run has chosen them yet; this command compares others on training images that are
-    held out: python -m benchmarks.quantizer_study --arms ema --validation --network timm:vit_base_patch16_dinov3
-    --layers "3 6 9 12" "6 9 12" "9 12" "12" --data IMAGES --out runs/layers.jsonl. The weights have a licence of their
-    own.
+    The blocks are the paper's; no run has tested this choice yet. This command compares other blocks on held-out
+    training images: python -m benchmarks.quantizer_study --arms ema --validation --network timm:vit_base_patch16_dinov3
+    --layers "3 6 9 12" "6 9 12" "9 12" "12" --data IMAGES --out runs/layers.jsonl. The weights have their own licence.
 
     Source: DINOv3, arXiv 2508.10104.
     Command: pecobook codebook modern-dinov3 --data IMAGENET --compile --out runs/codebook
@@ -239,11 +237,11 @@ def modern_dinov3() -> CodebookConfig:
 def vqkd() -> CodebookConfig:
     """BEiT v2's tokenizer, for comparison: its decoder predicts the features of CLIP's ViT-B, not pixels.
 
-    A ViT-B as encoder, three blocks as decoder, 8,192 codewords of dimension 32 and unit length, moving averages with
-    decay 0.99, commitment 1, AdamW (0.9, 0.99), weight decay 1e-4, batch 512, 100 epochs. Different from BEiT v2:
-    positions are fixed sines and cosines; one linear layer leads to the 32 dimensions; the target is the last layer of
-    CLIP after its norm, without CLIP's projection to 512 channels; dead codewords are revived; and learning rate,
-    warm-up and crops are our choice. --target-features timm:vit_base_patch16_224.dino takes its other teacher.
+    ViT-B encoder, three-block decoder, 8,192 codewords of dimension 32 and unit length, moving averages with decay
+    0.99, commitment 1, AdamW (0.9, 0.99), weight decay 1e-4, batch 512, 100 epochs. Differences from BEiT v2: positions
+    are fixed sines and cosines; one linear layer projects to the 32 dimensions; the target is the last layer of CLIP
+    after its norm, without CLIP's projection to 512 channels; dead codewords are revived; and learning rate, warm-up
+    and crops are our choice. --target-features timm:vit_base_patch16_224.dino uses its other teacher.
 
     Source: BEiT v2, arXiv 2208.06366 (85.0% after 300 epochs of pre-training with the codes).
     Command: pecobook codebook vqkd --data IMAGENET --compile --out runs/vqkd

@@ -1,4 +1,4 @@
-"""Recipes of `pecobook contrast`: feature networks by MoCo v3."""
+"""Recipes of `pecobook contrast`: feature networks trained with MoCo v3."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def imagenette() -> ContrastConfig:
 
 
 def paper() -> ContrastConfig:
-    """ViT-B/16 at 224 pixels on ImageNet-1K by MoCo v3, 100 epochs: PeCo's default perceptual network.
+    """ViT-B/16 at 224 pixels on ImageNet-1K with MoCo v3, 100 epochs: PeCo's default perceptual network.
 
     Source: PeCo section 4 (100 epochs); MoCo v3, arXiv 2104.02057 (learning rate 1.5e-4 x batch / 256, weight
         decay 0.1, warm-up 40 of 300 epochs).
@@ -118,7 +118,7 @@ def paper() -> ContrastConfig:
 
 
 def paper_resnet50() -> ContrastConfig:
-    """ResNet-50 at 224 pixels on ImageNet-1K by MoCo v3, 100 epochs.
+    """ResNet-50 at 224 pixels on ImageNet-1K with MoCo v3, 100 epochs.
 
     Source: MoCo v3's public configuration: LARS, lr 0.6 x batch / 256 at batch 4,096, weight decay 1e-6, temperature 1,
         smallest crop 0.2, warm-up 10 epochs, momentum 0.99 to 1.

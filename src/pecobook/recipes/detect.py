@@ -8,7 +8,7 @@ from pecobook.settings.training import OptimConfig
 
 
 def tiny() -> DetectConfig:
-    """100 steps at 96 pixels with narrow heads, for a ViT with patches of 4 or 8 pixels.
+    """100 steps at 96 pixels with narrow heads, for a ViT with 4- or 8-pixel patches.
 
     Command: pecobook detect tiny --data NUCLEI --backbone runs/vit --out runs/detector
     """
@@ -31,8 +31,8 @@ def nuclei() -> DetectConfig:
     """Microscope images of nuclei (Data Science Bowl 2018) at 256 pixels, 800 steps, for a ViT with 8-pixel patches.
 
     Command: pecobook detect nuclei --data NUCLEI --backbone runs/vit --out runs/detector
-    Cost: about half an hour on one CPU core with a ViT of 4 blocks of width 96 (estimated from 300 steps).
-    Result of 300 steps instead of 800, this ViT from random weights, one seed: 26.1 box AP, 27.9 mask AP.
+    Cost: about half an hour on one CPU core with a ViT of depth 4 and width 96 (estimated from 300 steps).
+    Result of 300 steps instead of 800 with this ViT from random weights, one seed: 26.1 box AP, 27.9 mask AP.
     """
     return DetectConfig(
         batch_size=4,

@@ -10,7 +10,7 @@ from pecobook.settings.images import ClipConfig
 from pecobook.settings.training import OptimConfig
 
 PLAIN: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": "", "label_smoothing": 0.0}
-"""Settings of a fine-tuning that changes images by crops and flips alone, and labels not at all."""
+"""Settings that leave only crops and flips as augmentation and do not change the labels."""
 
 
 def tiny() -> FinetuneConfig:
@@ -155,8 +155,8 @@ def paper_vit_h() -> FinetuneConfig:
 def paper_vit_h_448() -> FinetuneConfig:
     """ViT-H/14 on ImageNet-1K at 448 pixels, 32 x 32 patches; otherwise as at 224 pixels.
 
-    Source: Table 1 (88.3%); the paper gives no settings. As in MAE, the pre-trained ViT is fine-tuned at this size at
-        once, its positions are interpolated, and evaluation takes the whole central square.
+    Source: Table 1 (88.3%); the paper gives no settings. As in MAE, the pre-trained ViT is fine-tuned directly at this
+        size, its positions are interpolated, and evaluation uses the whole central square.
     Command: pecobook finetune paper-vit-h-448 --data IMAGENET --backbone runs/vit --out runs/classifier
     Cost: 4.4 TFLOP for an image, so 2.8e20 FLOP; about 260 hours of one H100 at 300 TFLOP/s (estimated).
     """
@@ -164,7 +164,7 @@ def paper_vit_h_448() -> FinetuneConfig:
 
 
 def paper_mae() -> FinetuneConfig:
-    """ViT-B/16 of MAE on ImageNet-1K, 100 epochs, layer decay 0.65, lr 2e-3 at batch 1,024: MAE's own recipe.
+    """MAE's ViT-B/16 on ImageNet-1K, 100 epochs, layer decay 0.65, lr 2e-3 at batch 1,024: MAE's own recipe.
 
     Source: MAE, arXiv 2111.06377, table 9 and public code.
     Command: pecobook finetune paper-mae --data IMAGENET --backbone runs/mae --out runs/classifier
@@ -178,7 +178,7 @@ def paper_scratch() -> FinetuneConfig:
     """ViT-B/16 from random weights on ImageNet-1K, 300 epochs at batch 4,096, weight decay 0.3, averaged weights.
 
     Source: MAE, arXiv 2111.06377, table 11, whose 82.3% is the row "ViT scratch" of the paper's Table 1. No random
-        erasing; all layers learn at one rate.
+        erasing; all layers share one learning rate.
     Command: pecobook finetune paper-scratch --data IMAGENET --out runs/classifier
     Cost: 106 GFLOP for an image, so 4.1e19 FLOP; about 40 hours of one H100 at 300 TFLOP/s (estimated).
     Result of MAE: 82.3%.
@@ -200,8 +200,8 @@ def paper_scratch() -> FinetuneConfig:
 def paper_deit() -> FinetuneConfig:
     """ViT-B/16 from random weights on ImageNet-1K, 300 epochs at batch 1,024: DeiT's recipe.
 
-    Source: DeiT, arXiv 2012.12877, table 9, whose 81.8% is a row of the paper's Table 1. A batch holds three views of
-        each image, as there.
+    Source: DeiT, arXiv 2012.12877, table 9, whose 81.8% is a row of the paper's Table 1. As in DeiT, a batch holds
+        three views of each image.
     Command: pecobook finetune paper-deit --data IMAGENET --out runs/classifier
     Cost: 106 GFLOP for an image, so 4.1e19 FLOP; about 40 hours of one H100 at 300 TFLOP/s (estimated).
     Result of DeiT: 81.8%.
@@ -220,7 +220,7 @@ def paper_video() -> FinetuneConfig:
     """ViT-B/16 with divided space-time attention on Kinetics-400, 15 epochs at batch 64, clips of 8 frames.
 
     Source: supplement, Table 9: clips, epochs, batch, lr 1.2e-3, layer decay 0.65, weight decay 1e-4. Every 32nd frame
-        and three crops are TimeSformer's (arXiv 2102.05095); docs/decisions.md has the rest.
+        and three crops are TimeSformer's (arXiv 2102.05095); docs/decisions.md covers the rest.
     Command: pecobook finetune paper-video --data KINETICS --backbone runs/vit --out runs/kinetics
     Cost: 1.18 TFLOP for a clip, so 4.2e18 FLOP; about 4 hours of one H100 at 300 TFLOP/s (estimated).
     Result of the paper: 76.5% from 800 epochs of pre-training, BEiT 75.5%.
@@ -240,9 +240,9 @@ def paper_video() -> FinetuneConfig:
 
 
 def paper_video_ssv2() -> FinetuneConfig:
-    """ViT-B/16 with divided space-time attention on Something-Something v2: `paper-video` with frames of all parts.
+    """ViT-B/16 with divided space-time attention on Something-Something v2: `paper-video` with frames from all parts.
 
-    Source: supplement, Table 9; one frame of each of eight equal parts of a video, and no flips, are TimeSformer's.
+    Source: supplement, Table 9; one frame from each of eight equal parts of a video, without flips, as in TimeSformer.
     Command: pecobook finetune paper-video-ssv2 --data SSV2 --backbone runs/vit --out runs/ssv2
     Cost: 1.18 TFLOP for a clip, so 3.0e18 FLOP; about 3 hours of one H100 at 300 TFLOP/s (estimated).
     Result of the paper: 61.8% from 800 epochs of pre-training, BEiT 60.2%.
@@ -253,9 +253,9 @@ def paper_video_ssv2() -> FinetuneConfig:
 
 
 def paper_video_deit() -> FinetuneConfig:
-    """ViT-B/16 of a DeiT with divided space-time attention on Kinetics-400: `paper-video` with the rates of Table 9.
+    """DeiT's ViT-B/16 with divided space-time attention on Kinetics-400: `paper-video` with the rates of Table 9.
 
-    Source: supplement, Table 9: learning rate 1e-4, 1e-3 of the head.
+    Source: supplement, Table 9: learning rate 1e-4, and 1e-3 for the head.
     Command: pecobook finetune paper-video-deit --data KINETICS --backbone runs/classifier --out runs/kinetics
     Cost: that of `paper-video`.
     Result of the paper: 75.4%, and 57.6% on Something-Something v2.

@@ -71,8 +71,8 @@ def paper() -> PretrainConfig:
     """PeCo ViT-B/16, 800 epochs of ImageNet-1K at batch 2,048: 75 of 196 patches masked in blocks.
 
     Source: section 4 and Table 1 (84.5% after fine-tuning). Learning rate 1.5e-3 at batch 2,048, weight decay 0.05,
-        drop path 0.1; crops, warm-up, clipping, relative positions and LayerScale are BEiT's. The learning rate is
-        scaled in proportion to --batch-size.
+        drop path 0.1; crops, warm-up, clipping, relative positions and LayerScale are BEiT's. The learning rate scales
+        linearly with --batch-size.
     Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 108 GFLOP for an image with a token bank (counted), so 1.1e20 FLOP; about 110 hours of one H200 (estimated) at
         the 280 TFLOP/s that steps reached there with --compile. 175 GFLOP with the tokenizer in each step.
@@ -143,11 +143,11 @@ def paper_vit_l() -> PretrainConfig:
 
 
 def paper_vit_h() -> PretrainConfig:
-    """PeCo ViT-H/14, 800 epochs; the paper gives neither settings nor patch size for ViT-H.
+    """PeCo ViT-H/14, 800 epochs; the paper gives neither settings nor a patch size for ViT-H.
 
     Source: Table 1 (87.5% after fine-tuning). Our choices: patches of 14 pixels, so 16 x 16 tokens, for which the
-        tokenizer reads crops resized to 256 pixels; 98 of 256 patches masked, the share of ViT-B; absolute positions,
-        LayerScale 1e-5, drop path 0.2.
+        tokenizer reads crops resized to 256 pixels; 98 of 256 patches masked, the same share as for ViT-B; absolute
+        positions, LayerScale 1e-5, drop path 0.2.
     Command: pecobook pretrain paper-vit-h --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 1.0 TFLOP for an image with a token bank, so 1.0e21 FLOP; about 950 hours of one H100 at 300 TFLOP/s
         (estimated).
@@ -162,11 +162,11 @@ def paper_vit_h() -> PretrainConfig:
 
 
 def paper_mae() -> PretrainConfig:
-    """MAE ViT-B/16, 1,600 epochs at batch 4,096: pixels of the hidden three quarters, from the visible quarter alone.
+    """MAE ViT-B/16, 1,600 epochs at batch 4,096: predicts the hidden three quarters' pixels from the visible quarter.
 
     Source: MAE, arXiv 2111.06377, table 8 and public code: learning rate 1.5e-4 x batch / 256, warm-up 40 epochs, no
         colour changes, drop path or clipping, a decoder of 8 blocks of width 512. MAE's positions are fixed; those of
-        timm's network are learned. The rows "MAE" of the paper's Tables 1, 3 and 8.
+        timm's network are learned. For the "MAE" rows of the paper's Tables 1, 3 and 8.
     Command: pecobook pretrain paper-mae --data IMAGENET --compile --out runs/mae
     Cost: 58 GFLOP for an image (counted: 50 of 197 tokens in the encoder, all in the decoder), so 1.2e20 FLOP; about
         160 hours of one H100 at 200 TFLOP/s (estimated).

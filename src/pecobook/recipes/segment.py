@@ -1,4 +1,4 @@
-"""Recipes of `pecobook segment`: semantic segmentation by UperNet."""
+"""Recipes of `pecobook segment`: semantic segmentation with UperNet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pecobook.settings.training import OptimConfig
 
 
 def tiny() -> SegmentConfig:
-    """100 steps on crops of 64 pixels, a head of width 32.
+    """100 steps on 64-pixel crops, with a head of width 32.
 
     Command: pecobook segment tiny --data SHAPES --backbone runs/vit --out runs/segmenter
     """
@@ -28,7 +28,7 @@ def tiny() -> SegmentConfig:
 
 
 def camvid() -> SegmentConfig:
-    """CamVid at 180 x 240 pixels, 11 classes, crops of 176 pixels, 4,000 steps at batch 16.
+    """CamVid at 180 x 240 pixels, 11 classes, 176-pixel crops, 4,000 steps at batch 16.
 
     Class 11 of the usual reduced data set means "unlabelled" and is ignored.
 

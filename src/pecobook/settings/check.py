@@ -12,10 +12,10 @@ from pecobook.settings.values import between, refuse, replace, settings_class
 
 @settings_class
 class CheckConfig(ImagesConfig):
-    """Read every image as a command would, and report what it would learn from and what is wrong.
+    """Read every image as a command would, and report what it would learn and what is wrong.
 
-    Nothing is trained. The exit code is 1 if something is wrong. The command's other flags are accepted and have no
-    effect here.
+    Nothing is trained. The exit code is 1 if something is wrong. The command's other flags are
+    accepted and have no effect here.
     """
 
     task: Literal[
