@@ -1,6 +1,6 @@
 """pecobook: perceptual codebooks for BERT pre-training of vision transformers (PeCo, arXiv 2111.12710).
 
-The public names are those in `__all__`; each is imported when it is first used, so that `pecobook --help` is quick.
+The public names are those in `__all__`; each is imported on first use, so that `pecobook --help` is quick.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _home(name: str) -> str:
-    """Return the module of a public name."""
+    """Return the module that defines a public name."""
     return f"pecobook.{_HOMES.get(name, f'commands.{name}')}"
 
 

@@ -1,8 +1,8 @@
 """The commands as functions: `pecobook.codebook(recipe="cifar10", data=..., out=...)`.
 
-Keywords have the names of the flags: `perceptual={"network": "timm:resnet50"}` or
-`**{"perceptual.network": "timm:resnet50"}`. A training command also takes objects in place of names: a data set or a
-list of files as `data`, an nn.Module as `tokenizer`, `backbone` or perceptual network, a `transform`, a hook `on_step`.
+Keywords have the names of the flags: `perceptual={"network": "timm:resnet50"}` or `**{"perceptual.network":
+"timm:resnet50"}`. A training command also accepts objects instead of names: a data set or a list of files as `data`, an
+nn.Module as `tokenizer`, `backbone` or perceptual network, a `transform`, a hook `on_step`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pecobook.utils.given import giving, name_of
 def run(command: str, config: TrainConfig, recipe: str = "") -> Path:
     """Train the stage of a command with complete settings; return the run folder.
 
-    `recipe` is the name of the recipe from which the settings come, with which config.diff compares them.
+    `recipe` is the name of the recipe that the settings come from; config.diff compares them with it.
     """
     from pecobook.stages.training import train
 
@@ -47,11 +47,11 @@ _STAGES = {
     "segment": ("segment", "SegmentStage"),
     "detect": ("detect", "DetectStage"),
 }
-"""Module and class of each stage; the others are not imported, which would take longer than to start a run."""
+"""Module and class of each stage. Only the needed one is imported: importing all takes longer than starting a run."""
 
 
 def contrast(recipe: str = DEFAULT_RECIPE, **settings: Unpack[ContrastKeywords]) -> Path:
-    """Train a feature network by MoCo v3; return the run folder. Raises PecobookError."""
+    """Train a feature network with MoCo v3; return the run folder. Raises PecobookError."""
     return _run("contrast", recipe, settings)
 
 
@@ -96,7 +96,7 @@ def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
 
 
 def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
-    """Apply a run of finetune, segment or detect to images; return the folder. Raises PecobookError."""
+    """Apply a finetune, segment or detect run to images; return the folder. Raises PecobookError."""
     from pecobook.commands.predict import predict as write
     from pecobook.settings.predict import PredictConfig
 
@@ -116,7 +116,7 @@ def _run(command: str, name: str, keywords: Mapping[str, object]) -> Path:
 
 
 def _objects(command: str, keywords: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings with names in place of objects, and the objects by setting, `transform` and `on_step`."""
+    """Return the settings, with names instead of objects, and the objects by setting (also `transform`, `on_step`)."""
     settings: dict[str, Any] = dict(keywords)
     is_dense = command in ("segment", "detect")
     objects = {kind: settings.pop(kind) for kind in ("transform", "on_step") if settings.get(kind) is not None}

@@ -1,4 +1,4 @@
-"""The errors of pecobook. Each message contains the problem, the wrong value and the remedy.
+"""pecobook's errors. Each message states the problem, the wrong value and the remedy.
 
 The command line prints these errors without a traceback and exits with code 2; in Python they are ordinary exceptions.
 """
@@ -21,7 +21,7 @@ class PecobookError(Exception):
     on_all_ranks = False
     """Whether every process of a run raises the error, so that one process prints it for all."""
     exit_code = 2
-    """Exit code of the command line: 2 where the command must be corrected, 1 where it may be repeated."""
+    """Exit code of the command line: 2 if the command must be corrected, 1 if it can be retried as it is."""
 
 
 class ConfigError(PecobookError):
@@ -47,7 +47,7 @@ class NonFiniteLossError(PecobookError):
 
 
 class PreflightError(PecobookError):
-    """Several problems that were found before a run started, one line each."""
+    """Several problems found before a run started, one per line."""
 
     def __init__(self, problems: Iterable[PecobookError]) -> None:
         self.problems = tuple(problems)
@@ -55,7 +55,7 @@ class PreflightError(PecobookError):
 
 
 class Preflight:
-    """The checks before a run: `check` collects the errors of all checks, and `finish` raises them at once."""
+    """The checks before a run: `check` collects all errors, and `finish` raises them together."""
 
     def __init__(self) -> None:
         self.problems: list[PecobookError] = []
@@ -71,29 +71,29 @@ class Preflight:
         return None
 
     def finish(self) -> None:
-        """Raise PreflightError with each problem once, when there are any."""
+        """Raise PreflightError with each problem once, if there are any."""
         if self.problems:
             raise PreflightError({str(problem): problem for problem in self.problems}.values())
 
 
 def did_you_mean(value: str, options: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the option closest to `value`, or an empty string where no option is close."""
+    """Return `" Did you mean 'x'?"` for the option closest to `value`, or an empty string if none is close."""
     matches = difflib.get_close_matches(value, list(options), n=1, cutoff=0.65)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class where there is no message."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def shown(address: str) -> str:
-    """Return the address of a file on a web server without what stands behind `?`, such as a signature that expires."""
+    """Return the URL of a file on a web server without the part after `?`, such as a signature that expires."""
     return address.partition("?")[0] if _QUERY.match(address) else address
 
 
 def loading_reason(error: BaseException) -> str:
-    """Return why torch.load or np.load refused a file; their own messages advise to run the code in the file."""
+    """Return why torch.load or np.load refused a file; their own messages recommend running the code in the file."""
     text = first_line(error)
     if "allow_pickle" in str(error):
         return "it holds no array of numbers"
@@ -105,10 +105,10 @@ def loading_reason(error: BaseException) -> str:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Return text in which control characters, which could change a terminal or forge a line of a log, are escaped.
+    """Return text with its control characters escaped, since they could alter a terminal or forge a line of a log.
 
-    `keep` lists control characters that stay, such as the line breaks of a message of several lines. Names of files
-    may contain any character.
+    `keep` lists control characters to keep, such as the line breaks of a multi-line message. File names may contain any
+    character.
     """
     if text.isprintable():
         return text
@@ -120,13 +120,13 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def some_of(names: Iterable[object], most: int = 10) -> str:
-    """Return the first names, with commas between them, and "..." where there are more."""
+    """Return the first names, separated by commas, and "..." if there are more."""
     texts = [str(name) for name in names]
     return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
 
 
 def counted(number: int, unit: str) -> str:
-    """Return a number with its unit, which is given in the plural: "1 image", "1,000 images"."""
+    """Return a number with its unit, given in the plural: "1 image", "1,000 images"."""
     return f"{number:,} {unit if number != 1 else unit.removesuffix('s')}"
 
 

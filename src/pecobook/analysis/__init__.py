@@ -1,1 +1,1 @@
-"""Measurements and pictures of what codebooks and masked models have learnt; independent of the stages."""
+"""Measurements and pictures of what codebooks and masked models have learned; independent of the stages."""

@@ -1,1 +1,1 @@
-"""The commands other than training; each command is a file or a folder."""
+"""The commands other than training; each is a file or a folder."""

@@ -1,4 +1,4 @@
-"""`pecobook bench pretrain`: images a second, memory, FLOP/s and time by part of pre-training on this machine."""
+"""`pecobook bench pretrain`: images per second, memory, FLOP/s and the time of each part of pre-training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pecobook.utils.printer import show
 
 
 def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
-    """Measure, print and return the figures: seconds a step by part, images a second, MiB, FLOP/s, share of peak.
+    """Measure, print and return the figures: seconds per step by part, images per second, MiB, FLOP/s, share of peak.
 
     Raises:
         PecobookError: the recipe, the tokenizer or the data does not exist, or the file exists already.
@@ -88,7 +88,7 @@ def _settings(config: BenchConfig) -> PretrainConfig:
 
 
 def _random_tokenizer(recipe_name: str) -> PerceptualTokenizer:
-    """Build the tokenizer of the codebook recipe of this name (or else of the paper's recipe) with random weights."""
+    """Build the tokenizer of the codebook recipe with this name (or else the paper's) with random weights."""
     config = recipe("codebook", recipe_name if recipe_name in RECIPES["codebook"] else DEFAULT_RECIPE)
     return build_tokenizer(config).eval().requires_grad_(False)
 
@@ -124,7 +124,7 @@ class Benchmark:
         return torch.randint(num_codewords, (self.settings.batch_size, *self.stage.model.grid), device=self.device)
 
     def autocast(self) -> torch.autocast:
-        """Compute in the precision of the settings."""
+        """Compute in the precision that the settings name."""
         return autocast(self.settings.precision, self.device)
 
     def seconds(self, function: Callable[[], object]) -> float:
@@ -209,7 +209,7 @@ class Benchmark:
 
 
 def matmul_peak(device: torch.device, precision: str, *, size: int = 0, seconds: float = 1.0) -> float:
-    """Measure the FLOP/s of a large matrix product on this device, the peak to which a model is compared."""
+    """Measure the FLOP/s of a large matrix product on this device, the peak that a model is compared with."""
     size = size or (8192 if device.type == "cuda" else 1536)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

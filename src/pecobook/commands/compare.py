@@ -27,7 +27,7 @@ _MAX_CURVES = 8
 
 
 class Run(NamedTuple):
-    """What a run folder says."""
+    """The content of a run folder."""
 
     name: str
     settings: dict[str, Any]
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
     @property
     def last_evaluation(self) -> dict[str, Any]:
-        """The step and the numbers of the last evaluation, or of the last logged step where there was none."""
+        """The step and the numbers of the last evaluation, or of the last logged step if there was none."""
         record = ([record for record in self.metrics if evaluation_of(record)] or self.metrics)[-1]
         numbers = evaluation_of(record) or record
         return {"step": record["step"], **{name: value for name, value in numbers.items() if is_number(value)}}
@@ -46,7 +46,7 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> Path:
     """Write the comparison and return its folder.
 
     Raises:
-        PecobookError: a folder is no run or has logged nothing, or the output folder cannot be used.
+        PecobookError: a folder is not a run or has logged nothing, or the output folder cannot be used.
     """
     config = replace(config or CompareConfig(), settings)
     preflight = Preflight()

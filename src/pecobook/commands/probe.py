@@ -1,6 +1,6 @@
 """`pecobook probe`: how well a linear probe and k-NN on frozen features predict the labels.
 
-The features come from a backbone or from the codewords of a tokenizer. No choice is made on the test images: the
+The features come from a backbone or from a tokenizer's codewords. Nothing is chosen on the test images: the
 regularisation and the layer are chosen on a validation part of the training images.
 """
 
@@ -52,8 +52,8 @@ Results = dict[str, dict[str, Any]]
 """What `probe_features` returns."""
 _POSITION_IMAGES = 2000  # held-out images whose codes are compared with their positions
 _EVERY_LAYER = 100_000
-"""Training images up to which the features of every layer are kept, 4 GB for a ViT-B. Of more images so many choose the
-layer, and those of the best layer alone are kept of all."""
+"""Number of training images up to which the features of every layer are kept, 4 GB for a ViT-B. With more images, this
+many choose the layer, and only the best layer's features are kept for all of them."""
 
 
 def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _of_tokenizer(config: ProbeConfig, splits: Splits) -> tuple[Results, int, st
 
 
 def _bags(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Return bags of codes in half precision, some images at a time, since those of all may fill the memory."""
+    """Return bags of codes in half precision, a few images at a time, since those of all might not fit into memory."""
     return torch.cat([bag_of_codes(part, len(codebook)).half() for part in torch.split(codes, 2**14)])
 
 
@@ -158,7 +158,7 @@ def _only(features: FeatureFunction, names: list[str], images: Tensor) -> dict[s
 
 
 def layer_accuracies(train: Mapping[str, Tensor], labels: Tensor, *, seed: int) -> dict[str, float]:
-    """Return the accuracy on a validation part of training of each set of features, and of pairs; see `probe_features`.
+    """Return each feature set's accuracy, and that of pairs, on a validation part of training; see `probe_features`.
 
     `train` maps the name of a set to features (N, F), `labels` is int64 (N,).
     """
@@ -175,7 +175,7 @@ def probe_features(
     seed: int,
     layers: dict[str, float] | None = None,
 ) -> Results:
-    """Choose the best of several sets of features on a validation part of training, and run both probes on it.
+    """Choose the best of several feature sets on a validation part of training, and run both probes on it.
 
     Where there is a set `... class` for a set `... mean`, their concatenation `... mean + class` is a candidate too.
 

@@ -1,6 +1,6 @@
-"""`pecobook push`: upload the export of a run to the Hugging Face hub, with a model card that tells of the run.
+"""`pecobook push`: upload a run's export to the Hugging Face hub, with a model card that describes the run.
 
-Only files of the export folder leave the machine. Of settings that name files the last part is sent, without folders.
+Only files of the export folder leave the machine. Settings that name files are sent without their folders.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _SENT = ("config.json", "README.md", ".safetensors")
 
 
 def push(config: PushConfig | None = None, **settings: Any) -> str:
-    """Upload the export of a run; return the URL of the repository, or of its branch. A dry run returns its URL too.
+    """Upload a run's export; return the URL of the repository or of its branch. A dry run returns its URL too.
 
     Raises:
-        PecobookError: the run has no export, the repository's name is none, there is no token, or the hub cannot be
+        PecobookError: the run has no export, the repository name is invalid, there is no token, or the hub cannot be
             reached or refuses the upload.
     """
     config = replace(config or PushConfig(), settings)
@@ -75,7 +75,7 @@ def _files(folder: Path, card: str) -> dict[str, bytes | Path]:
 
 
 def _list(config: PushConfig, folder: Path, files: dict[str, bytes | Path]) -> None:
-    """Show what is sent, with sizes, and what stays."""
+    """Show what is sent, with sizes, and what is not."""
     sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in files.items()}
     branch = f", branch {config.revision}" if config.revision else ""
     where = f"{config.repo}{branch}{', private' if config.private else ''}"
@@ -93,7 +93,7 @@ def _list(config: PushConfig, folder: Path, files: dict[str, bytes | Path]) -> N
 
 
 class _About:
-    """What a run folder says about a run, without the folders of this machine."""
+    """The facts in a run folder, without the folders of this machine."""
 
     def __init__(self, run: Path) -> None:
         self.settings = read_if_valid(run / "config.json") or {}
@@ -111,7 +111,7 @@ class _About:
         return name if data.startswith("hf:") and name.count("/") == 1 else ""
 
     def text(self, config: PushConfig) -> str:
-        """Return the paragraphs of the model card on data, figures and settings."""
+        """Return the model card's paragraphs on data, figures and settings."""
         if not self.settings:
             return ""
         parts = [self._data(), self._evaluation(), self._settings()]

@@ -1,4 +1,4 @@
-"""`pecobook check`: looks at every image of a source, and says what a command would learn from and what is wrong."""
+"""`pecobook check`: reads every image of a source, and reports what a command would learn from and what is wrong."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import show
 
 _STAGES: dict[str, type[Stage[Any]]] = {"finetune": ClassifyStage, "segment": SegmentStage, "detect": DetectStage}
-"""The stages that open a source in a way of their own."""
+"""The stages that open a source in their own way."""
 _READS_AS = {"images": "finetune", "probe": "finetune", "embed": "pretrain", "tokenize": "pretrain"}
-"""A training command that reads images as another command does."""
+"""Commands mapped to a training command that reads images in the same way."""
 _TEXT_FILES = ("extension .json", "extension .xml", "extension .txt")
 _LENIENT: dict[str, tuple[dict[str, bool], ...]] = {
     "segment": ({"verify": False}, {"skip_bad": True}),
     "detect": ({"skip_bad": True},),
 }
-"""Settings with which a command may open what it would refuse."""
+"""Settings with which a command may open a source that it would otherwise refuse."""
 
 
 def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
-    """Look at every image, print what was found, and return it; `problems` lists what is wrong.
+    """Read every image, print what was found, and return it; `problems` lists what is wrong.
 
     Raises:
         PecobookError: a flag is wrong, or the contact sheet exists already.
@@ -74,9 +74,9 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
 
 
 def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
-    """Open the source as the command would; return the splits, or None where they cannot be opened, and the problems.
+    """Open the source as the command would; return the splits (None if they cannot be opened) and the problems.
 
-    Where the command refuses the source, the splits are those of a lenient attempt, so that the survey can say more.
+    If the command refuses the source, the splits are those of a lenient attempt, so that the survey can say more.
     """
     problems: list[str] = []
     for changes in ({}, *_LENIENT.get(task, ())):
@@ -100,7 +100,7 @@ def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
 
 
 def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Return the settings of a command: those of the recipe, the flags that differ from their defaults, `changes`."""
+    """Return the settings of a command: the recipe's, the flags that differ from their defaults, and `changes`."""
     command = _READS_AS.get(task, task)
     settings: TrainConfig = recipe(command, config.recipe) if config.recipe else COMMANDS[command].settings()
     names = {field.name for field in dataclasses.fields(settings)} - {"data", "out", "workers"}
@@ -120,7 +120,7 @@ def _report(config: CheckConfig, task: str, found: Survey | None, problems: list
 
 
 def _summary(lines: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the text of each topic; a topic that comes several times, as notes do, has one line for each."""
+    """Return the text of each topic; a topic that occurs several times, as notes do, has one line each time."""
     summary: dict[str, str] = {}
     for topic, text in lines:
         summary[topic] = f"{summary[topic]}\n{text}" if topic in summary else text
@@ -164,7 +164,7 @@ def layout_of(data: str) -> str:
 
 
 def _unread_annotations(data: str, left_out: Mapping[str, int]) -> Iterator[str]:
-    """Yield a note on masks and one on objects that lie beside images, in no layout that is read."""
+    """Yield a note on masks and one on objects that lie next to images in no layout that is read."""
     root = Path(data).expanduser()
     if not data or not root.is_dir():
         return

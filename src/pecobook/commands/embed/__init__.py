@@ -1,8 +1,8 @@
-"""`pecobook embed`: write a feature vector of every image of a source, labelled or not.
+"""`pecobook embed`: write a feature vector for every image of a source, labelled or not.
 
-The images of all declared splits are read in order, in parts of some thousand images. A part is written at once, so a
-killed command continues with the same command, and processes with --shard I/N write parts beside each other. At the end
-the parts are joined to one file, and images that could not be read are listed beside it.
+The images of all declared splits are read in order, in parts of a few thousand images. Each part is written as soon as
+it is complete, so repeating the command continues a killed one, and processes with --shard I/N write parts in parallel.
+At the end the parts are joined into one file, and images that could not be read are listed next to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pecobook.utils.output_folder import SHARED_WAIT, check_new_file
 from pecobook.utils.printer import say, show
 
 PART_IMAGES = 2048
-"""Images of a part, rounded up to whole batches."""
+"""Number of images in a part, rounded up to whole batches."""
 _SETTINGS = "settings.json"
 _MARKER = {"embed": OBJECT}
 
@@ -76,7 +76,7 @@ def embed(config: EmbedConfig | None = None, **settings: Any) -> Path:
 
 
 def _check_out(out: Path, config: EmbedConfig) -> None:
-    """Raise RunFolderError where a file would be replaced, or where the vectors would lie among the images."""
+    """Raise RunFolderError if a file would be replaced, or if the vectors would lie among the images."""
     if not config.overwrite:
         check_new_file(config.out)
         if out.suffix.lower() == ".npy":
@@ -87,7 +87,7 @@ def _check_out(out: Path, config: EmbedConfig) -> None:
 
 
 def _about(config: EmbedConfig, sources: list[ImageSource], features: Features) -> dict[str, Any]:
-    """Return what determines the vectors; a command that continues must have the same."""
+    """Return what determines the vectors, which must be the same when a command continues."""
     names = ("backbone", "weights", "data", "layer", "pool", "codes", "batch_size")
     return {
         **{name: getattr(config, name) for name in names},
@@ -100,7 +100,7 @@ def _about(config: EmbedConfig, sources: list[ImageSource], features: Features) 
 
 
 def _begin(out: Path, about: dict[str, Any], config: EmbedConfig) -> Path:
-    """Make the folder of parts, or continue one of the same settings."""
+    """Create the folder of parts, or continue one with the same settings."""
     folder = out.with_name(f"{out.name}.parts")
     file = folder / _SETTINGS
     if file.exists():
@@ -131,7 +131,7 @@ def _parts(sources: list[ImageSource], batch_size: int) -> list[_Part]:
 
 
 def _write_parts(config: EmbedConfig, features: Features, folder: Path, parts: list[_Part]) -> None:
-    """Write the parts that do not exist yet. All but the last of a source hold whole batches: no batch is in two."""
+    """Write the missing parts. All but a source's last hold whole batches: no batch spans two parts."""
     missing = [part for part in parts if not part_file(folder, part.number).exists()]
     total = sum(len(part.images) for part in missing)
     done, size, batch_size = 0, features.image_size, config.batch_size
@@ -194,7 +194,7 @@ def _remove(folder: Path) -> None:
 
 
 def _reading(out: Path) -> str:
-    """Return Python lines that read the file."""
+    """Return Python code that reads the file."""
     if out.suffix.lower() == ".parquet":
         return (
             "import numpy as np, pyarrow.parquet as pq\n"

@@ -1,12 +1,12 @@
-"""`pecobook evaluate`: tokenizers side by side, by the yardsticks of their field.
+"""`pecobook evaluate`: tokenizers compared by the field's standard metrics.
 
 inputs.py      opens and checks the tokenizers, the images and the networks that judge
 measure.py     the sums of one tokenizer and of the originals, batch by batch
 statistics.py  the file with the statistics of the originals
 tables.py      the table for the terminal and for evaluation.md
 
-The images pass once for each image size; nothing but sums is kept of them, so that memory does not grow with their
-number. Unlike `analyze`, which asks what codewords mean, this command measures what others publish.
+The images are read once per image size; only sums are kept, so memory does not grow with the number of images. Unlike
+`analyze`, which asks what codewords mean, this command computes the figures that others publish.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pecobook.utils.images import to_float
 from pecobook.utils.printer import say, show
 
 _FEW = 10_000
-"""Number of images below which FID is far above its value for many."""
+"""Number of images below which FID is far above its value for many images."""
 
 
 def evaluate(config: EvaluateConfig | None = None, **settings: Any) -> Path:
@@ -119,7 +119,7 @@ def _orders(sources: list[ImageSource], count: int) -> Iterator[tuple[ImageSourc
 
 
 def _header(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return the first entries of evaluation.json: all that a reader needs to measure the same."""
+    """Return the first entries of evaluation.json: all that a reader needs to repeat the measurement."""
     where = torch.cuda.get_device_name() if device().type == "cuda" else device().type.upper()
     reference = "the same images, cropped alike"
     if inputs.statistics is not None:

@@ -1,4 +1,4 @@
-"""`pecobook explore`: a local web page to explore codewords.
+"""`pecobook explore`: a local web page for exploring codewords.
 
 model.py    computes what the page shows, as values
 answers.py  the answer to each address
@@ -81,9 +81,9 @@ def _open(config: ExploreConfig) -> Answers:
 
 
 def _distinct_tokenizers(loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return each tokenizer once, by name, and the name under which each run's tokenizer stands there.
+    """Return each tokenizer once, by name, and for each run the name of its tokenizer.
 
-    A codebook and a ViT that was trained on its codes have the same tokenizer.
+    A codebook run and a ViT trained on its codes share a tokenizer.
     """
     names: dict[str, str] = {}  # of a tokenizer, by its fingerprint
     tokenizers, owner = {}, {}

@@ -6,11 +6,11 @@
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
     --attack     robustness.json, the accuracy of a classifier on held-out images, also under attack
 
-Worker processes read the images. A segmenter and a detector take one image at a time, at the size of the image; a
-classifier takes a batch of central squares. An image that cannot be read, or on which the network fails, is skipped,
-counted and listed in skipped.txt. A picture with a side of more than 65,500 pixels, which JPEG cannot hold, is reduced.
-Predictions are written to the disk at once; those of a detector go into two .jsonl files, which become the .json files
-at the end. After an error or Ctrl-C the files hold the predictions that were made.
+Worker processes read the images. A segmenter and a detector process one image at a time, at its own size; a classifier
+processes batches of central squares. An image that cannot be read, or on which the network fails, is skipped, counted
+and listed in skipped.txt. A picture with a side of more than 65,500 pixels, which JPEG cannot hold, is scaled down.
+Predictions are written to disk immediately; those of a detector go into two .jsonl files, which become the .json files
+at the end. After an error or Ctrl-C the files contain the predictions made so far.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`pecobook reproduce`: train the runs of the paper's tables on your images, at a chosen budget, over seeds.
+"""`pecobook reproduce`: train the runs of the paper's tables on your images, with a chosen budget and several seeds.
 
 duel.py       a study of our own, beside the paper's tables
 few_labels.py the images of its fine-tuning
@@ -10,7 +10,7 @@ slurm.py      the plan as a script for Slurm
 rehearsal.py  a few steps of each kind of run before the runs start
 tables.py     the tables as Markdown, CSV and plots
 
-The rows and the paper's numbers stand in `pecobook.commands.paper_tables`.
+The rows and the paper's numbers are in `pecobook.commands.paper_tables`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     """Train the missing runs; write `tables.md`, `tables.csv`, pictures and `report.html`; return the Markdown file.
 
     Raises:
-        PreflightError: all problems that were found before anything was written.
-        PecobookError: a run failed, or with `train` False is not finished; the tables of the others are written.
+        PreflightError: lists all problems that were found before anything was written.
+        PecobookError: a run failed or, with `train` False, is not finished; the tables of the others are written.
     """
     config = _with_full_paths(replace(config or ReproduceConfig(), settings))
     plan = _preflight(config)
@@ -76,7 +76,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 
 
 def _with_full_paths(config: ReproduceConfig) -> ReproduceConfig:
-    """Return the settings with the full paths of files, so that every job may be started in any folder."""
+    """Return the settings with absolute paths, so that every job can be started in any folder."""
     full = {"out": str(Path(config.out).absolute())} if config.out else {}
     for name, value in to_dict(config).items():
         if isinstance(value, str) and name != "budget" and value not in ("", "photos", "random"):
@@ -99,7 +99,7 @@ def _run(plan: Plan, out: Path) -> Outcome:
 
 
 def _write_plan(plan: Plan) -> None:
-    """Write the files of --commands and --slurm, and begin the folder, in which their jobs will write."""
+    """Write the files of --commands and --slurm, and create the folder that their jobs will write to."""
     _begin(plan)
     config = plan.config
     for name, text in ((config.commands, listing.commands), (config.slurm, slurm.script)):
@@ -163,7 +163,7 @@ def _folder(config: ReproduceConfig) -> OutputFolder:
 
 
 def _begin(plan: Plan) -> None:
-    """Begin or continue the folder; it is not locked afterwards, since others may run jobs of it too."""
+    """Create or continue the folder; it is not locked afterwards, since other processes may run its jobs too."""
     config = plan.config
     with begin_or_resume(_folder(config), config, plan.splits, _fixed_settings(config)):
         (Path(config.out) / "runs").mkdir(exist_ok=True)
@@ -172,7 +172,7 @@ def _begin(plan: Plan) -> None:
 
 
 def _missing(plan: Plan, outcome: Outcome) -> str:
-    """Return a paragraph on the runs that are not finished, which the tables leave out; empty where all are."""
+    """Return a paragraph on the unfinished runs, which the tables leave out; empty if there are none."""
     missing = {name: job for name, job in plan.jobs.items() if not job.finished}
     if not missing:
         return ""
