@@ -1,4 +1,4 @@
-"""Images on their way from `--data SOURCE` to a batch; everything random here is a pure function of its key.
+"""The path of images from `--data SOURCE` to a batch; everything random here is a pure function of its key.
 
 images.py                           opens a source of any form: folders.py, tables.py, shards.py, photos.py
 names.py                            what the names of files and folders say: splits, images, masks

@@ -3,8 +3,8 @@
     train/CLASS/x.mp4         videos, which PyAV decodes (the extra `video`); of a file only what is needed is decoded
     train/CLASS/x/00001.jpg   a folder of frames for each clip, in the order of the numbers in their names
 
-Which frames of a clip are read, and their crop, is a pure function of the key of the view, as for images. All frames of
-a clip share the crop, the flip and the operations of RandAugment.
+The choice of frames and their crop are a pure function of the view's key, as for images. All frames of a clip share the
+crop, the flip and the operations of RandAugment.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from pecobook.utils.extras import require
 from pecobook.utils.images import resize
 
 _FEWEST_FRAMES = 4
-"""Numbered images of a folder that may be the frames of a video."""
+"""Minimum number of numbered images in a folder that may be the frames of a video."""
 _LOOKED_AT = 16
-"""Classes of which two folders each are looked at for frames."""
+"""Number of classes in which two folders each are checked for frames."""
 
 
 class ClipStore(FileStore):
@@ -50,9 +50,9 @@ class ClipStore(FileStore):
     Args:
         root: the folder.
         paths: relative paths of the clips, in an Arrow column.
-        starts: number of the first frame of each clip in `frames`, and the number of all frames; None for videos.
+        starts: index of each clip's first frame in `frames`, and the total number of frames; None for videos.
         frames: relative paths of all frames, in an Arrow column; None for videos.
-        config: which frames `read` returns; None makes it return the one in the middle, as an image.
+        config: which frames `read` returns; with None it returns the middle one, as an image.
     """
 
     unit = "clips"
@@ -71,7 +71,7 @@ class ClipStore(FileStore):
         self._config = config
 
     def frames(self, row: int) -> list[bytes] | None:
-        """Return the paths of the frames of a clip, in the order of their numbers; None for a video."""
+        """Return the paths of a clip's frames, in the order of their numbers; None for a video."""
         if self._starts is None:
             return None
         return sorted((self._prefix + path for path in self._frames_of(row)), key=_numbered)
@@ -82,15 +82,15 @@ class ClipStore(FileStore):
         return paths
 
     def file(self, row: int) -> Any:
-        """Return the path of the middle frame of a folder of frames; None for a video, which is no file of an image."""
+        """Return the path of the middle frame of a folder of frames; None for a video, which is not an image file."""
         frames = self.frames(row)
         return None if frames is None else Path(os.fsdecode(frames[len(frames) // 2]))
 
     def read(self, row: int, shortest: int = 0) -> Tensor:
-        """Read the frames of evaluation, uint8 (T, 3, H, W), or without `config` the middle frame (3, H, W).
+        """Read the evaluation frames, uint8 (T, 3, H, W), or without `config` the middle frame (3, H, W).
 
         Raises:
-            BadImage: one of the frames cannot be read, without `config` also the first or the last one.
+            BadImage: a frame cannot be read; without `config` also the first or the last one.
         """
         clip, config = self.clip(row, shortest), self._config
         if config is not None:
@@ -98,7 +98,7 @@ class ClipStore(FileStore):
         return clip(lambda count: [0, count // 2, count - 1])[1]
 
     def sample(self, row: int, shortest: int = 0) -> tuple[Any, ...]:
-        """Return the reader of a clip, of which a view reads the frames that it chooses."""
+        """Return the reader of a clip, from which a view reads the frames that it chooses."""
         return (self.clip(row, shortest),)
 
     def clip(self, row: int, shortest: int = 0) -> Callable[[Choice], Tensor]:
@@ -129,7 +129,7 @@ class ClipStore(FileStore):
 
 
 def _numbered(name: bytes) -> list[tuple[bytes, int]]:
-    """Return a key by which names are sorted in the order of their numbers."""
+    """Return a sort key that orders names by their numbers."""
     return [(text, int(number or 0)) for text, number in re.findall(rb"(\D*)(\d*)", name)]
 
 
@@ -137,11 +137,11 @@ def _numbered(name: bytes) -> list[tuple[bytes, int]]:
 
 
 def open_clips(data: str) -> Splits:
-    """Open a folder of videos or of folders of frames; splits and classes are read as those of images.
+    """Open a folder of videos or of folders of frames; splits and classes are found as for images.
 
     Raises:
-        DataError: there is no such folder, it holds no clip, or its clips have no classes.
-        ConfigError: it holds videos, and PyAV is not installed.
+        DataError: there is no such folder, it contains no clip, or its clips have no classes.
+        ConfigError: it contains videos, and PyAV is not installed.
     """
     root = Path(data).expanduser()
     if not data or not root.is_dir():
@@ -161,14 +161,14 @@ def open_clips(data: str) -> Splits:
 
 
 def find_clips(root: Path, config: ClipConfig | None = None) -> tuple[ClipStore, list[Folder], Any]:
-    """List the clips of a folder: videos, or folders with images where there are more of these.
+    """List the clips of a folder: videos, or folders of images if there are more of these.
 
     Args:
         root: the folder, or a video.
         config: see `ClipStore`.
 
     Returns:
-        the clips, the folder of each as names on the way from the top, and why other files are not used.
+        the clips, the folder of each as names from the top downwards, and why other files are not used.
 
     Raises:
         DataError: there is no clip.
@@ -204,7 +204,7 @@ def _listed(root: Path, extensions: Sequence[str]) -> Listing:
 
 
 def clips_of(source: str, config: ClipConfig) -> ImageSource:
-    """Open all clips of a folder, or one video, read as the frames of evaluation. Raises DataError and ConfigError."""
+    """Open all clips of a folder, or one video, read as in evaluation. Raises DataError and ConfigError."""
     root = Path(source).expanduser()
     if not root.exists():
         raise DataError(f"'{source}' does not exist: give a folder of videos or of frames, or a video.")
@@ -216,9 +216,9 @@ def clips_of(source: str, config: ClipConfig) -> ImageSource:
 
 
 def notes_on_frames(images: ImageSource) -> tuple[str, ...]:
-    """Return a note where the images of every class lie in folders of numbered images, as the frames of videos do.
+    """Return a note if the images of every class lie in folders of numbered images, as the frames of videos do.
 
-    The names in two folders of a class are compared, of some classes; of other images at most one folder is listed.
+    The names in two folders of a class are compared, for some of the classes; otherwise at most one folder is listed.
     """
     if images.labels is None:
         return ()
@@ -240,7 +240,7 @@ def notes_on_frames(images: ImageSource) -> tuple[str, ...]:
 
 
 def _holds_frames(folder: Path) -> bool:
-    """Return whether a folder holds no other folder, and images of one name with all numbers from 0 or 1 on."""
+    """Return whether a folder has no subfolders, and its images share one name with all numbers from 0 or 1 on."""
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     matches = [match for name in names if (match := re.fullmatch(r"(.*?)([0-9]+)\.(\w+)", name))]
     if not len(names) == len(matches) >= _FEWEST_FRAMES or len({(match[1], match[3]) for match in matches}) > 1:
@@ -257,8 +257,8 @@ def frame_numbers(count: int, config: ClipConfig, view_key: int | None = None) -
 
     Args:
         count: number of frames of the video.
-        config: number of frames of the clip, and how they are sampled.
-        view_key: the key of the view; None takes the frames of evaluation.
+        config: number of frames in the clip, and how they are sampled.
+        view_key: the key of the view; None chooses the frames for evaluation.
     """
     frames = config.frames
     draws = [0.5 if view_key is None else uniform(key(view_key, 4), number) for number in range(frames)]
@@ -302,8 +302,8 @@ def central_crops(frames: Tensor, config: ClipConfig, size: int, share: float = 
     Args:
         frames: the frames.
         config: number of crops.
-        size: side of the result, pixels.
-        share: side of a square, as a share of the shorter side.
+        size: side of the result, in pixels.
+        share: side of a square, as a fraction of the shorter side.
 
     Returns:
         uint8 (T, 3, size, size), or (3, T, 3, size, size): the middle, the beginning and the end of the longer side.
@@ -322,20 +322,20 @@ def central_crops(frames: Tensor, config: ClipConfig, size: int, share: float = 
 def read_clip(
     path: str | Path, config: ClipConfig, size: int, *, crop: float = 1.0, value_range: RangeSetting = AUTO
 ) -> Tensor:
-    """Read the clip of a video file, or of a folder of frames, as a classifier of clips reads it in evaluation.
+    """Read a video file, or a folder of frames, as a video classifier reads it in evaluation.
 
     Args:
         path: the video, or the folder.
-        config: which frames to read, the `clip` of a `ClipClassifier`.
-        size: side of the squares, pixels.
-        crop: side of the squares before they are resized, as a share of the shorter side of the video.
-        value_range: the values that become black and white in frames with more than 8 bits, a network's `value_range`.
+        config: which frames to read; the `clip` of a `ClipClassifier`.
+        size: side of the squares, in pixels.
+        crop: side of the squares before resizing, as a fraction of the video's shorter side.
+        value_range: the values mapped to black and white in frames with more than 8 bits; a network's `value_range`.
 
     Returns:
         uint8 (T, 3, size, size), or (3, T, 3, size, size) with three crops.
 
     Raises:
-        DataError: the file is missing or no video, or the folder holds no frame.
+        DataError: the file is missing or not a video, or the folder contains no frame.
     """
     clips = clips_of(str(path), config)
     if len(clips) > 1:

@@ -41,15 +41,15 @@ _ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".ra
 
 
 def open_images(source: str) -> Splits:
-    """Open an image source of any form that the top of this file lists.
+    """Open an image source of any kind listed at the top of this file.
 
-    The evaluation split is the source's `test` split if there is one, else the `validation` split, else 10% of the
-    training images, chosen by a fixed permutation that does not depend on the seed. If both exist, `validation` stays
-    unused, unless `train` and `validation` have labels and `test` has none (as in ImageNet). The names of splits are
+    The evaluation split is the source's `test` split if there is one, otherwise the `validation` split, otherwise 10%
+    of the training images, chosen by a fixed permutation that does not depend on the seed. If both exist, `validation`
+    is not used, unless `train` and `validation` have labels and `test` has none (as in ImageNet). Split names are
     case-insensitive.
 
     Raises:
-        DataError: there is no such source, or the source holds nothing usable. The message tells the user what to do.
+        DataError: there is no such source, or it contains nothing usable. The message tells the user what to do.
     """
     if source == "photos":
         from pecobook.data.photos import open_photos
@@ -94,10 +94,10 @@ def check_labels(splits: Splits, source: str) -> None:
 def open_all_splits(source: str) -> list[ImageSource]:
     """Open all images of a source, as one `ImageSource` per declared split, and print what is left out.
 
-    Each has the labels of its split, by its own names of classes; the label of an image without one is -1.
+    Each has the labels and class names of its own split; the label of an unlabelled image is -1.
 
     Raises:
-        DataError: as `open_images` does.
+        DataError: as for `open_images`.
     """
     if source == "photos":
         splits = open_images(source)
@@ -113,7 +113,7 @@ def _whole(source: str, split: str, part: Part) -> ImageSource:
 
 
 def say_left_out(source: str, left_out: Mapping[str, int]) -> None:
-    """Print what a source holds beside images, for a command that reads all splits as one."""
+    """Print what a source contains besides images, for a command that reads all splits as one."""
     if left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         say(f"Left out of '{source}': {reasons}.")
@@ -238,20 +238,20 @@ _MAX_SIDE = 512
 def read_image(
     path: str | Path, size: int | None = None, *, crop: float = 1.0, value_range: tuple[float, float] | None = None
 ) -> Tensor:
-    """Read an image file: any format, mode and orientation that the commands read.
+    """Read an image file of any format, mode and orientation that the commands read.
 
     Args:
         path: the file.
-        size: side to which the central square is resized, pixels; None keeps the whole image at its size.
-        crop: side of the central square, as a share of the image's shorter side.
-        value_range: the values that become black and white in an image with more than 8 bits, as in a network's
-            `value_range`; None takes the range of the file's type.
+        size: side that the central square is resized to, in pixels; None keeps the whole image at its size.
+        crop: side of the central square, as a fraction of the image's shorter side.
+        value_range: the values mapped to black and white in an image with more than 8 bits, as in a network's
+            `value_range`; None uses the range of the file's type.
 
     Returns:
         uint8 (3, H, W) in RGB, or (3, size, size).
 
     Raises:
-        DataError: the file is missing or no image.
+        DataError: the file is missing or not an image.
     """
     try:
         image = decode(read_file(Path(path)), name=str(path), value_range=value_range and ValueRange(*value_range))

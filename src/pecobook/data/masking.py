@@ -3,7 +3,7 @@
 True means masked. A mask hides exactly `num_masked` patches, at least one and not all, so shapes are static.
 
 A mask under construction is an integer, `bits`: patch (row, column) is bit row x columns + column. Adding a block to an
-integer takes a quarter of the time that it takes with tensors, of which a mask would need dozens.
+integer takes a quarter of the time of tensor operations, of which a mask would need dozens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def blockwise_mask(
 
     The area of each block is uniform between `min_block` and the number of patches still to mask (also if that number
     is below `min_block`, as in BEiT's code). The aspect ratio is log-uniform in [0.3, 1 / 0.3]. BEiT stops after ten
-    attempts in a row that add nothing, which masks 64 to 75 of 75 patches. Here the few missing patches are then drawn
+    consecutive attempts that add nothing, and so masks 64 to 75 of 75 patches. Here the few missing patches are drawn
     from the border of the masked area, so that the count is exact and the blocks remain blocks.
 
     Args:

@@ -1,9 +1,9 @@
 """Convolutional encoder and decoder of the tokenizer (PeCo section 3.1 and supplement).
 
 The architecture follows VQGAN (arXiv 2012.09841): two residual blocks at each resolution, strided convolutions between
-resolutions, GroupNorm, swish, and one self-attention at the smallest resolution. With channels
-(64, 128, 256, 512, 512), 256 latent channels and 8,192 codewords, encoder and codebook have the 37.5M parameters of the
-paper's Table 2; with channels (32, 64, 128, 256, 512) they have the 25.7M of the "lite" row.
+resolutions, GroupNorm, swish, and one self-attention layer at the smallest resolution. With channels (64, 128, 256,
+512, 512), 256 latent channels and 8,192 codewords, encoder and codebook have the 37.5M parameters of the paper's Table
+2; with channels (32, 64, 128, 256, 512) they have the 25.7M of the "lite" row.
 
 B batch, H W image side, h w latent grid, C channels, D latent channels.
 """
@@ -20,7 +20,7 @@ from pecobook.utils.devices import exporting
 
 
 class ResidualBlock(nn.Module):
-    """Two times norm, swish and 3x3 convolution, plus a shortcut: (B, C_in, H, W) to (B, C_out, H, W)."""
+    """Norm, swish and 3x3 convolution, twice, plus a shortcut: (B, C_in, H, W) to (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """3x3 convolution that keeps the side, or halves it with stride 2, where it pads at the right and bottom only."""
+    """3x3 convolution that keeps the side, or halves it with stride 2, then padding only the right and bottom."""
 
     def __init__(self, in_channels: int, out_channels: int, padding: PaddingMode, *, stride: int = 1) -> None:
         inside = padding == "zeros" and stride == 1  # the convolution itself reads zeros faster than it pads
@@ -76,11 +76,11 @@ class Convolution(nn.Conv2d):
 def _pad(x: Tensor, sides: tuple[int, ...], mode: str) -> Tensor:
     """Pad by one pixel at the sides that are 1: left, right, top, bottom.
 
-    Where there is a single row or column, which has no neighbour that could be reflected, it is repeated. PyTorch's
-    reflection refuses this, also that of an ONNX file, which takes any size, so these read the image by its indices.
+    A single row or column, which has no neighbour to reflect, is repeated. PyTorch's reflection refuses this, also in
+    ONNX files, which take any size, so these read the image by its indices.
 
-    PyTorch's compiler takes the gradient of a repeated border for contiguous, and stops where it is channels last
-    (PyTorch 2.14). So a compiled border is joined from slices, which is equal, and slower where it is not compiled.
+    PyTorch's compiler assumes that the gradient of a repeated border is contiguous, and fails if it is channels last
+    (PyTorch 2.14). A compiled border is therefore joined from slices, which is equivalent, but slower if not compiled.
     """
     height, width = x.shape[-2:]
     if mode == "reflect" and (exporting() or min(height, width) == 1):
@@ -94,13 +94,13 @@ def _pad(x: Tensor, sides: tuple[int, ...], mode: str) -> Tensor:
 
 
 def _reflected(size: int, before: int, after: int, device: torch.device) -> Tensor:
-    """Return the rows that a reflected border reads of `size` rows: int64 (before + size + after,)."""
+    """Return the row indices that reflection padding reads from `size` rows: int64 (before + size + after,)."""
     rows = torch.arange(-before, size + after, device=device).abs()
     return (size - 1 - (size - 1 - rows).abs()).clamp_min(0)
 
 
 class Upsample(Convolution):
-    """Doubles the side by nearest-neighbour interpolation, followed by a 3x3 convolution."""
+    """Doubles the side with nearest-neighbour interpolation, followed by a 3x3 convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, 2 H, 2 W)."""
@@ -152,7 +152,7 @@ class LatentNorm(nn.Module):
 class Decoder(nn.Sequential):
     """Mirror image of the encoder: maps quantised latents (B, D, h, w) to images (B, C, H, W), about [-1, 1].
 
-    With `features` it maps them to that many channels (B, F, h, w) instead, by the layers of the smallest resolution.
+    With `features` it maps them to that many channels (B, F, h, w) instead, with the layers of the smallest resolution.
     """
 
     def __init__(self, config: AutoencoderConfig, features: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The field's other quantizers, as controls of the perceptual codebook: another bottleneck in the same autoencoder.
+"""The field's other quantizers, as controls for the perceptual codebook: another bottleneck in the same autoencoder.
 
     fsq     finite scalar quantization (arXiv 2309.15505): each channel is bounded and rounded to a few levels
     lfq     lookup-free quantization (arXiv 2310.05737): each channel is -1 or 1, with an entropy loss
@@ -6,8 +6,8 @@
     ibq     index backpropagation (arXiv 2412.02692): the gradient reaches all codewords through a softmax
 
 They have the interface of `VectorQuantizer`: `forward`, `encode`, `lookup`, `nearest`, `update`, and a `codebook`.
-`fsq` and `lfq` need no projections: the encoder's last convolution has one channel for each factor. Their codewords are
-all combinations, in the order of vector-quantize-pytorch.
+`fsq` and `lfq` need no projections: the encoder's last convolution has one channel per factor. Their codewords are all
+combinations, in the order of vector-quantize-pytorch.
 
 B batch, D codeword dimension, h w latent grid, N = B h w vectors, K codewords.
 """
@@ -28,11 +28,11 @@ from pecobook.settings.tokenizer import VectorQuantizerConfig
 from pecobook.utils.distributed import world_size
 
 _TILE_ELEMENTS = 2**25
-"""Number of elements of IBQ's softmax that are in memory at once, for each of its tensors."""
+"""Number of elements that each tensor of IBQ's softmax holds in memory at once."""
 
 
 class _Vectors(NamedTuple):
-    """What a quantizer makes of vectors (N, D)."""
+    """A quantizer's result for vectors (N, D)."""
 
     quantized: Tensor
     """(N, D), with its gradient."""
@@ -45,7 +45,7 @@ class _Vectors(NamedTuple):
 
 
 class ControlQuantizer(Quantizer):
-    """What the quantizers here share: a learning rule of their own, and no revival.
+    """The common part of the quantizers here: their own learning rule, and no revival.
 
     Args:
         config: the settings.
@@ -53,7 +53,7 @@ class ControlQuantizer(Quantizer):
     """
 
     starts_now = False
-    """No start by k-means waits for the first batch."""
+    """False: no k-means initialisation waits for the first batch."""
 
     def __init__(self, config: VectorQuantizerConfig, dim: int) -> None:
         super().__init__(config, dim)
@@ -86,7 +86,7 @@ class ControlQuantizer(Quantizer):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the counts of use with the codes of all ranks since the last call. Call once in each step."""
+        """Update the usage counts with the codes of all ranks since the last call. Call it once per step."""
         if self._counts is not None:
             counts, self._counts = self._counts, None
             if world_size() > 1:
@@ -127,7 +127,7 @@ class FiniteScalarQuantizer(ControlQuantizer):
         self.register_buffer("codebook", (digits - levels // 2) / (levels // 2))
 
     def _bound(self, vectors: Tensor) -> Tensor:
-        """Return values whose rounding gives the levels, from -(L // 2) upwards."""
+        """Return values that round to the levels, from -(L // 2) upwards."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = 0.5 * (self.levels % 2 == 0)
         return torch.tanh(vectors + torch.atanh(offset / half)) * half - offset
@@ -173,9 +173,9 @@ class LookupFreeQuantizer(ControlQuantizer):
 def sign_entropies(scaled: Tensor) -> tuple[Tensor, Tensor]:
     """Return LFQ's entropies in nats: the mean entropy of a vector's codes, and the entropy of the mean over vectors.
 
-    The probability of a code is a softmax of 2 z . c over all codewords c of signs, so its bits are independent, with
-    the log odds 4 z: the first entropy is a sum over bits. The mean over vectors is the product of two matrices, which
-    hold the probabilities of the first and of the second half of the bits. So nothing has N x K elements.
+    The probability of a code is a softmax of 2 z . c over all sign codewords c, so its bits are independent, with log
+    odds 4 z: the first entropy is a sum over bits. The mean over vectors is the product of two matrices, which hold the
+    probabilities of the first and of the second half of the bits. Thus nothing has N x K elements.
 
     Args:
         scaled: (N, D) vectors divided by the temperature.
@@ -198,7 +198,7 @@ def _joint(probability: Tensor) -> Tensor:
 
 
 class SimVQ(ControlQuantizer):
-    """SimVQ: codewords are rows of a fixed Gaussian matrix times one learned matrix, so each step moves all of them."""
+    """SimVQ: codewords are rows of a fixed Gaussian matrix times a learned matrix, so each step moves all of them."""
 
     frozen: Tensor  # (K, D)
 
@@ -210,11 +210,11 @@ class SimVQ(ControlQuantizer):
 
     @property
     def codebook(self) -> Tensor:  # type: ignore[override]
-        """Codewords (K, D), computed."""
+        """Codewords (K, D), computed on access."""
         return F.linear(self.frozen, self.transform)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that have no weight decay."""
+        """Return the parameters without weight decay."""
         return {"transform"}
 
     @torch.no_grad()
@@ -233,11 +233,11 @@ class SimVQ(ControlQuantizer):
 
 
 class IndexBackpropagationQuantizer(ControlQuantizer):
-    """IBQ: the code is the largest of the products of a vector with all codewords.
+    """IBQ: the code is the codeword with the largest product with the vector.
 
-    Forward takes the codeword; backward takes the softmax of the products for the choice, so that the gradient of the
-    image reaches all codewords. The own loss is that of the authors without their commitment term, whose weight is 1
-    there: ||q - z||^2 with the gradient of the softmax, ||e - sg[z]||^2 / 4, and the entropy loss.
+    The forward pass uses that codeword; the backward pass uses the softmax of the products instead of the choice, so
+    that the gradient of the image reaches all codewords. Its loss is the authors' without their commitment term, whose
+    weight is 1 there: ||q - z||^2 with the gradient of the softmax, ||e - sg[z]||^2 / 4, and the entropy loss.
     """
 
     def __init__(self, config: VectorQuantizerConfig, dim: int) -> None:
@@ -265,7 +265,7 @@ class _IndexBackpropagation(torch.autograd.Function):
     """The choice of codewords with a softmax's gradient, in tiles of vectors: nothing has N x K elements.
 
     Maps vectors (N, D) and codewords (K, D) to the chosen codewords (N, D), the codes (N,), the mean over vectors of
-    softmax(products / temperature), (K,), and the mean entropy of these softmaxes, (). The last two are 0 where the
+    softmax(products / temperature), (K,), and the mean entropy of these softmaxes, (). The last two are 0 if the
     temperature is 0.
     """
 
@@ -321,5 +321,5 @@ _KINDS: dict[str, type[ControlQuantizer]] = {
 
 
 def build_quantizer(config: VectorQuantizerConfig, dim: int, *, seed: int = 0) -> VectorQuantizer | ControlQuantizer:
-    """Build the quantizer of the kind that the settings name, for vectors of `dim` channels."""
+    """Build the quantizer that the settings name, for vectors with `dim` channels."""
     return _KINDS[config.kind](config, dim) if config.kind in _KINDS else VectorQuantizer(config, dim, seed=seed)

@@ -52,7 +52,7 @@ _SCHEMAS: dict[str, Schema] = {
         "heads": OBJECT,
     },
 }
-"""What config.json holds, by the kind of the network."""
+"""The fields of config.json, by kind of network."""
 
 
 def export_folder(path: str | Path) -> Path:
@@ -73,8 +73,8 @@ def read_settings(path: str | Path, *, kinds: Collection[str] = tuple(_SCHEMAS))
 
     Args:
         path: the export folder, or the folder of its run.
-        kinds: the kinds that the caller takes. The fields of another kind are not checked, so that the caller tells of
-            the kind and not of a field.
+        kinds: the kinds that the caller accepts. Fields of other kinds are not checked, so that the caller reports the
+            kind and not a field.
     """
     if (network := given("backbone", str(path))) is not None:
         return {"kind": network.kind, **network.settings(), **range_entry(network)}
@@ -104,7 +104,7 @@ def check_kind(source: str, kind: str, command: str) -> None:
 def read_export(
     path: str | Path, *, kinds: Collection[str] = tuple(_SCHEMAS)
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return settings and weights of an export folder, as `read_settings` reads them. Raises WeightsError."""
+    """Return the settings and weights of an export folder, as `read_settings` reads them. Raises WeightsError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -131,7 +131,7 @@ def _check_undamaged(file: Path) -> None:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file atomically, and its checksum: the file is complete, or it is not there."""
+    """Write a safetensors file atomically, with its checksum: the file is either complete or absent."""
     from safetensors.torch import save
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
     """Write an export folder.
 
     Args:
-        folder: the folder; created if it is missing.
+        folder: the folder; created if it does not exist.
         config: content of `config.json`.
         state: weights.
         card: text of the model card.
@@ -155,14 +155,14 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
 
 
 def range_entry(network: Any) -> dict[str, Any]:
-    """Return the entry of config.json for the values that are black and white in images with more than 8 bits."""
+    """Return config.json's entry for the values that are black and white in images with more than 8 bits."""
     value_range = getattr(network, "value_range", AUTO)
     return {} if value_range == AUTO else {"value_range": list(value_range)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """Content of a model card, without the Python code that loads the model and applies it to an image."""
+    """Content of a model card, except the Python code that loads the model and applies it to an image."""
 
     title: str
     text: str
@@ -199,9 +199,9 @@ class Exported(nn.Module):
     origin: str = ""
     """How the network was trained, read from the export by `from_pretrained`; empty if that is unknown."""
     init: str = ""
-    """The weights that the training started from, and what was taken of them; empty for random weights."""
+    """The weights that the training started from, and what was taken from them; empty for random weights."""
     value_range: RangeSetting = AUTO
-    """The values that became black and white in training images with more than 8 bits, from the export."""
+    """The values mapped to black and white in training images with more than 8 bits, read from the export."""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `rebuild` builds an equal network, as JSON values."""
@@ -247,12 +247,12 @@ class Exported(nn.Module):
         """Write `model.safetensors`, `config.json` and a model card.
 
         Args:
-            folder: the folder to write; created if it is missing.
-            state: weights of `body` to write; None takes `body.state_dict()`, which under sharding holds the shard of
-                this process only.
-            origin: how the network was trained, for the card and `config.json`; empty takes the attribute `origin`.
-            repo_id: repository on the hub from which the code on the card loads the network; empty writes code that
-                loads it from a folder.
+            folder: the folder to write; created if it does not exist.
+            state: weights of `body` to write; None uses `body.state_dict()`, which under sharding holds only this
+                process's shard.
+            origin: how the network was trained, for the card and `config.json`; empty uses the attribute `origin`.
+            repo_id: hub repository that the card's code loads the network from; if empty, the code loads it from a
+                folder.
         """
         state = self.body.state_dict() if state is None else state
         exported = {name: value for name, value in state.items() if self.is_exported(name)}
@@ -302,20 +302,20 @@ class Exported(nn.Module):
         message: str = "",
         license: str = "",  # noqa: A002
     ) -> str:
-        """Upload to the Hugging Face hub as `owner/name`; `pecobook.push` also tells of the run's data and figures.
+        """Upload to the Hugging Face hub as `owner/name`; `pecobook.push` also describes the run's data and figures.
 
         Args:
-            repo_id: `owner/name`; the repository is created if it is missing.
+            repo_id: `owner/name`; the repository is created if it does not exist.
             private: create a private repository.
-            revision: branch that receives the files, created if it is missing; empty for `main`.
-            message: message of the commit.
+            revision: branch that receives the files, created if it does not exist; empty for `main`.
+            message: commit message.
             license: identifier of the licence on the card, such as mit.
 
         Returns:
             the URL of the repository.
 
         Raises:
-            WeightsError: the hub takes no repository of this name.
+            WeightsError: the hub does not accept this repository name.
             HubError: there is no token, or the hub cannot be reached or refuses the upload.
         """
         with tempfile.TemporaryDirectory() as folder:
@@ -328,7 +328,7 @@ class Exported(nn.Module):
             return publish(repo_id, files, private=private, revision=revision, message=message)
 
     def hub_card(self, repo_id: str, *, license: str = "", more: str = "", dataset: str = "") -> str:  # noqa: A002
-        """Return the model card for the repository `repo_id`; `more` are paragraphs at its end."""
+        """Return the model card for the repository `repo_id`, ending with the paragraphs in `more`."""
         card = self._full_card(self.origin)
         more = "\n\n".join(filter(None, (card.more, more)))
         card = dataclasses.replace(card, license=license, more=more, dataset=dataset)

@@ -1,13 +1,13 @@
 """Masked image modelling: a timm ViT reads an image with masked patches and predicts the codes of the masked patches.
 
 PeCo, equations 6 and 7: one learnable mask token replaces the masked patches, and a K-way linear classifier predicts
-the code from the last hidden vector at each masked position. The transformer is an unchanged timm network: a hook
+each code from the last hidden vector at the masked position. The transformer is an unmodified timm network: a hook
 inserts the mask token into the output of `patch_embed`, so a pre-trained backbone is a plain timm state dict.
 
-`VisibleOnlyModel` is the accelerated form of Table 8, after MAE: the transformer reads only the visible patches, and
-the mask tokens enter in a light decoder.
+`VisibleOnlyModel` is the accelerated training of Table 8, as in MAE: the transformer reads only the visible patches,
+and the mask tokens enter in a light decoder.
 
-B batch, N = h w patches, M masked patches of each image, K codewords.
+B batch, N = h w patches, M masked patches per image, K codewords.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pecobook.settings.pretrain import DecoderConfig
 def masked_positions(mask: Tensor, num_masked: int) -> Tensor:
     """Return the positions of the masked patches in row-major order: bool (B, h, w) to int64 (B, M).
 
-    Each image must have M = `num_masked` masked patches. Unlike indexing by the mask, this returns a shape known in
-    advance, so no step waits for the device.
+    Each image must have M = `num_masked` masked patches. Unlike indexing by the mask, this returns a statically known
+    shape, so no step waits for the device.
     """
     return mask.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_masked]
 
@@ -48,7 +48,7 @@ class MaskedImageModel(nn.Module):
         vocab_size: K, number of codewords of the tokenizer; for other targets, number of target values of one patch.
 
     Raises:
-        WeightsError: the backbone is not a transformer on patches, or pools the patches by attention.
+        WeightsError: the backbone is not a transformer on patches, or pools the patches with attention.
     """
 
     def __init__(self, backbone: nn.Module, vocab_size: int) -> None:
@@ -72,14 +72,14 @@ class MaskedImageModel(nn.Module):
         return patch_grid(self.backbone)
 
     def _insert_mask_token(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
-        """Replace patches (B, N, D) or (B, h, w, D) by the mask token where the mask is True. Keeps the shape."""
+        """Replace patches (B, N, D) or (B, h, w, D) with the mask token where the mask is True. Keeps the shape."""
         if self._mask is None:
             return patches
         mask = self._mask.view(*patches.shape[:-1], 1)
         return torch.where(mask, self.mask_token.to(patches.dtype), patches)
 
     def hidden(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the last hidden vectors of all patches, (B, N, D); with `mask` None, no patch is masked."""
+        """Return the last hidden vectors of all patches, (B, N, D); if `mask` is None, no patch is masked."""
         return self._run(images, mask)[:, self._num_prefix :]
 
     @property
@@ -107,8 +107,8 @@ class MaskedImageModel(nn.Module):
         Args:
             images: (B, 3, H, W), normalised as the backbone expects.
             mask: bool (B, h, w), True where masked.
-            num_masked: M, if it is the same for all images, which avoids a wait for the device; None counts the mask.
-            apply_head: False returns what the head reads, (number masked, D), for `tiled_cross_entropy`.
+            num_masked: M, if it is the same for all images, which avoids waiting for the device; None counts the mask.
+            apply_head: False returns the input of the head, (number masked, D), for `tiled_cross_entropy`.
 
         Returns:
             (number masked, K), ordered by image, then by position in row-major order.
@@ -131,11 +131,10 @@ class MaskedImageModel(nn.Module):
 
 
 class _LastBlock:
-    """Replaces the forward of the last block, and skips the outputs that the head does not read.
+    """Replaces the last block's forward, and skips the outputs that the head does not read.
 
-    The head reads the last block only at the masked positions, and the block's multi-layer perceptron processes each
-    token separately. So the perceptron runs on M of N tokens, which saves 3 to 4% of a ViT-B's step. Attention needs
-    all tokens.
+    The head reads the last block only at the masked positions, and the block's MLP processes each token separately. The
+    MLP therefore runs on only M of N tokens, which saves 3 to 4% of a ViT-B's step. Attention needs all tokens.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -160,7 +159,7 @@ class _LastBlock:
         return x + block.drop_path2(self._scaled(block.mlp(block.norm2(x)), 2))  # type: ignore[no-any-return]
 
     def _scaled(self, added: Tensor, branch: int) -> Tensor:
-        """Apply LayerScale, which is a module of a ViT and a weight of a BEiT."""
+        """Apply LayerScale, which is a module in a ViT and a weight in a BEiT."""
         if not self.is_beit:
             return getattr(self.block, f"ls{branch}")(added)  # type: ignore[no-any-return]
         gamma = getattr(self.block, f"gamma_{branch}")
@@ -168,7 +167,7 @@ class _LastBlock:
 
 
 class VisibleOnlyModel(nn.Module):
-    """The accelerated form: a timm ViT on the visible patches, a light transformer on all patches, and a K-way head.
+    """The accelerated training: a timm ViT on the visible patches, a light transformer on all patches, a K-way head.
 
     Args:
         backbone: a timm ViT with absolute positions and without a head. Relative positions (BEiT's) need the full grid.
@@ -176,7 +175,7 @@ class VisibleOnlyModel(nn.Module):
         config: settings of the decoder.
 
     Raises:
-        WeightsError: the backbone has no absolute positions, or pools the patches by attention.
+        WeightsError: the backbone has no absolute positions, or pools the patches with attention.
     """
 
     def __init__(self, backbone: nn.Module, vocab_size: int, config: DecoderConfig = DecoderConfig()) -> None:
@@ -217,7 +216,7 @@ class VisibleOnlyModel(nn.Module):
     ) -> Tensor:
         """Compute the logits at the masked positions.
 
-        Arguments and result as in `MaskedImageModel.forward`, except that every image must have M masked patches.
+        Arguments and result as for `MaskedImageModel.forward`, except that every image must have M masked patches.
         """
         M = int(mask[0].sum()) if num_masked is None else num_masked
         masked, visible = masked_positions(mask, M), masked_positions(~mask, mask[0].numel() - M)  # (B, M), (B, N - M)
@@ -244,18 +243,18 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
 
 
 def tiled_cross_entropy(head: nn.Linear, hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Compute the cross entropy of a head with very many outputs, with the logits of `rows` vectors in memory at once.
+    """Compute the cross-entropy of a head with very many outputs, holding the logits of only `rows` vectors in memory.
 
-    The backward pass computes them again.
+    The backward pass recomputes them.
 
     Args:
         head: the head, D to K.
-        hidden: (N, D), what the head reads.
+        hidden: (N, D), the input of the head.
         targets: int64 (N,).
-        rows: number of vectors of a tile.
+        rows: number of vectors per tile.
 
     Returns:
-        the mean cross entropy, (), and the most probable outputs, int64 (N,).
+        the mean cross-entropy, (), and the most probable outputs, int64 (N,).
     """
     total, predicted = hidden.new_zeros((), dtype=torch.float32), []
     for part, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
@@ -293,22 +292,22 @@ def patch_grid(backbone: nn.Module) -> tuple[int, int]:
 
 
 def _apply_final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:
-    """Apply the final norm to the result of `forward_features`, if timm postpones the norm until after the pooling."""
+    """Apply the final norm to the result of `forward_features` if timm postpones it until after pooling."""
     if isinstance(backbone.norm, nn.Identity):
         tokens = backbone.fc_norm(tokens)  # type: ignore[operator]
     return tokens
 
 
 def check_has_patches(backbone: nn.Module) -> None:
-    """Raise WeightsError unless the backbone is a transformer of patches."""
+    """Raise WeightsError unless the backbone is a transformer on patches."""
     if not has_patch_tokens(backbone):
         raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
 
 
 def _check_no_attention_pool(backbone: nn.Module) -> None:
-    """Raise WeightsError if the backbone pools by attention.
+    """Raise WeightsError if the backbone pools with attention.
 
-    The weights of such a pooling would get no gradient, which stops DDP and the resuming of an optimizer.
+    The weights of such a pooling would get no gradient, which breaks DDP and resuming the optimizer.
     """
     if getattr(backbone, "attn_pool", None) is not None:
         raise WeightsError(
@@ -318,17 +317,17 @@ def _check_no_attention_pool(backbone: nn.Module) -> None:
 
 
 def _init_beit_normal(weight: Tensor) -> None:
-    """Initialise a weight as BEiT does: a normal of deviation 0.02, truncated at one deviation (then 0.0108)."""
+    """Initialise a weight as BEiT does: a normal with deviation 0.02, truncated at one deviation (then 0.0108)."""
     nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
 
 def initialise_beit(backbone: nn.Module) -> None:
-    """Apply BEiT's initialisation: truncated normals in all weights but those of norms; biases are 0.
+    """Apply BEiT's initialisation: truncated normals for all weights except those of norms; biases are 0.
 
     The output projections of block i (from 1) are divided by sqrt(2 i).
 
     Raises:
-        WeightsError: the backbone is no transformer of patches.
+        WeightsError: the backbone is not a transformer on patches.
     """
     check_has_patches(backbone)
     for module in backbone.modules():
@@ -350,9 +349,9 @@ _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def unshare_positions(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Add the shared table of relative positions of a BEiT to the table of every block.
+    """Add a BEiT's shared table of relative positions to the table of every block.
 
-    Fine-tuning learns one table for each block, as in BEiT; timm's BEiT has one table for each block by default.
+    Fine-tuning learns a table for each block, as in BEiT; timm's BEiT also has one table per block by default.
 
     Args:
         state: weights of a timm network.

@@ -1,10 +1,10 @@
-"""Nearest codeword by Euclidean distance (PeCo, equations 1 and 2), without storing all N x K distances at once.
+"""Nearest codeword by Euclidean distance (PeCo, equations 1 and 2), without holding all N x K distances at once.
 
     argmin_k ||z - e_k||^2 = argmin_k s_k,   s_k = ||e_k||^2 / 2 - z . e_k,   since ||z||^2 is the same for all k
 
-Three methods compute the same indices: a Triton kernel on CUDA (`nearest_triton`, whose fp32 product is three products
-of TF32); on CPUs that prefer bfloat16, a bfloat16 search whose few candidates are compared again in fp32; and
-chunks of fp32 distances on all other devices.
+Three methods compute the same indices: a Triton kernel on CUDA (`nearest_triton`, whose fp32 product consists of three
+TF32 products); on CPUs that prefer bfloat16, a bfloat16 search whose few candidates are compared again in fp32; and
+chunks of fp32 distances everywhere else.
 
 N vectors, K codewords, D dimension.
 """
@@ -37,7 +37,7 @@ def nearest_codeword(z: Tensor, codebook: Tensor, *, precision: SearchPrecision 
         z: (N, D) vectors.
         codebook: (K, D) codewords.
         precision: precision of the products, independent of autocast. `fp32` gives exact indices; `tf32` and `bf16` are
-            faster on a GPU and can return another codeword that is about equally near. On other devices they are fp32.
+            faster on a GPU and can return another codeword that is about equally near. Other devices always use fp32.
 
     Returns:
         int64 (N,), each in [0, K). Ties go to the smallest index.
@@ -86,7 +86,7 @@ def _scores(z: Tensor, codebook: Tensor, half_norms: Tensor) -> Tensor:
 
 
 def nearest_by_chunks(z: Tensor, codebook: Tensor) -> Tensor:
-    """Search exhaustively, with the scores of some vectors in memory at a time: (N, D) and (K, D) to int64 (N,)."""
+    """Search exhaustively, with only some vectors' scores in memory at a time: (N, D) and (K, D) to int64 (N,)."""
     half_norms = _half_norms(codebook)
     codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
     rows = max(128, CHUNK_ELEMENTS // max(len(codebook), 1))
@@ -102,9 +102,9 @@ def nearest_by_search(z: Tensor, codebook: Tensor) -> Tensor:
     """Return exact indices from bfloat16 products, which are twice as fast.
 
     The error of a bfloat16 product of z and e_k is at most (2 u + u^2) ||z|| ||e_k||, u = 2^-8 (each factor is rounded
-    once; Cauchy-Schwarz inequality). Subtracting this error gives lower bounds of all s_k. The exact s of the codeword
-    with the smallest lower bound is an upper bound of the minimum. Only codewords whose lower bound is not above this
-    upper bound can be nearest: about two of 8,192. These candidates are compared in fp32.
+    once; Cauchy-Schwarz inequality). Subtracting it gives lower bounds on all s_k. The exact s of the codeword with the
+    smallest lower bound is an upper bound on the minimum. Only codewords whose lower bound does not exceed this upper
+    bound can be nearest: about two of 8,192. These candidates are compared in fp32.
     """
     centre = codebook.mean(0)  # subtracting it keeps the distances and reduces the norms, and so the error bound
     z, codebook = z - centre, codebook - centre

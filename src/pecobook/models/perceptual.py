@@ -3,8 +3,8 @@
     d(x, y) = sum over l in S of 1 / (C_l H_l W_l) || f_l(x) - f_l(y) ||^2
 
 f_l are the normalised activations of layer l. The paper does not specify the normalisation: `unit-rms` scales the
-channel vector of every location to unit root mean square (LPIPS's unit norm times sqrt(C), so that the factor 1/C
-leaves terms of order 1), `layernorm` subtracts the mean of the vector first, `none` does not change the activations.
+channel vector at every location to unit root mean square (LPIPS's unit norm times sqrt(C), so that the factor 1/C
+leaves terms of order 1), `layernorm` subtracts the vector's mean first, `none` leaves the activations unchanged.
 
 B batch, H W image side, L layers, C_l H_l W_l shape of layer l's features.
 """
@@ -28,17 +28,17 @@ from pecobook.utils.images import Normalised, as_images
 
 
 class PerceptualDistance(Normalised):
-    """Distance between images in the features of a frozen network.
+    """Distance between images in the feature space of a frozen network.
 
     Args:
         network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or any module; or one
             object with all settings.
-        layers: numbers from 1 (the paper uses 3, 6, 9, 12 of a ViT-B, and all stages of a ResNet or VGG), or names of
-            nodes of a torchvision network or a module.
-        weights: None for the network's pre-trained weights, a local file, or `random` for the control that shows the
-            contribution of the architecture alone.
-        seed: seed of random weights and of the permutation of weights (`shuffle`).
-        settings: further fields of `PerceptualDistanceConfig`, by name; None keeps the default.
+        layers: numbers from 1 (the paper uses 3, 6, 9, 12 of a ViT-B, and all stages of a ResNet or VGG), or node names
+            of a torchvision network or a module.
+        weights: None for the network's pre-trained weights, a local file, or `random` for the control that isolates the
+            contribution of the architecture.
+        seed: seed of random weights and of the weight permutation (`shuffle`).
+        settings: other fields of `PerceptualDistanceConfig`, by name; None keeps the default.
 
     Raises:
         WeightsError: the network is unknown, weights are missing, or the network has no such layer.
@@ -85,7 +85,7 @@ class PerceptualDistance(Normalised):
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the normalised activations of images: float (B, 3, H, W) in [0, 1] to L tensors (B, C_l, H_l, W_l).
 
-        uint8 images are divided by 255. Raises ValueError for another shape or type.
+        uint8 images are divided by 255. Raises ValueError for any other shape or type.
         """
         images = as_images(images, (1, 3), check=False)
         shape = self._input_shape(*images.shape[-2:])
@@ -96,7 +96,7 @@ class PerceptualDistance(Normalised):
         return [normalise(feature.float(), self.config.normalisation) for feature in activations]
 
     def check_image_size(self, height: int, width: int) -> list[tuple[int, ...]]:
-        """Return the shapes (C_l, H_l, W_l) of the features of images of this size.
+        """Return the shapes (C_l, H_l, W_l) of the features for images of this size.
 
         Raises WeightsError if the network cannot read images of this size, or if a layer returns no feature map.
         """
@@ -132,7 +132,7 @@ class PerceptualDistance(Normalised):
         """Return the distance of equation 4 between precomputed features and images.
 
         Args:
-            target: result of `features` for the target images, computed without gradient.
+            target: result of `features` for the target images, computed without gradients.
             y: float (B, 3, H, W) in [0, 1].
 
         Returns:
@@ -142,19 +142,19 @@ class PerceptualDistance(Normalised):
 
 
 def _terms(target: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Return the terms of equation 4 of two lists of L features, (L, B)."""
+    """Return the terms of equation 4 for two lists of L features, (L, B)."""
     return torch.stack([(a - b).square().mean((1, 2, 3)) for a, b in zip(target, other, strict=True)])
 
 
 def _network_of(name: str) -> str | nn.Module:
-    """Return the name, or a copy of the module that Python code gave by this name."""
+    """Return the name, or a copy of the module that Python code passed under this name."""
     module: nn.Module | None = given("perceptual.network", name)
     return name if module is None else copy.deepcopy(module)
 
 
 @torch.no_grad()
 def shuffle_weights(network: nn.Module) -> None:
-    """Permute the entries of each parameter of two or more dimensions in place, with torch's global generator."""
+    """Permute the entries of each parameter with two or more dimensions in place, using torch's global generator."""
     for parameter in network.parameters():
         if parameter.ndim >= 2:
             flat = parameter.flatten()
@@ -162,7 +162,7 @@ def shuffle_weights(network: nn.Module) -> None:
 
 
 def normalise(feature: Tensor, how: Normalisation) -> Tensor:
-    """Normalise the channel vector of each location: (B, C, H, W) to (B, C, H, W)."""
+    """Normalise the channel vector at each location: (B, C, H, W) to (B, C, H, W)."""
     if how == "none":
         return feature
     if how == "layernorm":
@@ -171,7 +171,7 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
 
 
 class PerceptualSum(nn.Module):
-    """The weighted sum of the distances of several networks, with the interface of `PerceptualDistance`.
+    """The weighted sum of several networks' distances, with the interface of `PerceptualDistance`.
 
     Args:
         distances: the distances.

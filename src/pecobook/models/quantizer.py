@@ -1,14 +1,13 @@
-"""The vector quantizer: nearest codeword, straight-through gradient, and a codebook that is learned from the data.
+"""The vector quantizer: nearest codeword, straight-through gradient, and a codebook learned from the data.
 
 B batch, D codeword dimension, h w latent grid, N = B h w vectors, K codewords.
 
 The codebook is learned by exponential moving averages (van den Oord et al., arXiv 1711.00937, appendix A.1), PeCo's
-default. In training, every `forward` stores its vectors, of which the next one leaves sums and a sample; `update`,
-called once in each optimizer step, sums the statistics over all ranks and updates the codebook. So the numbers of
-accumulation steps and ranks change only rounding (and, through the order of the vectors, the initial centres of
-k-means), and the codebook is the same on every rank. What a step keeps is one micro-batch and at most 3 K vectors, in
-the step of the start also those from which k-means starts. Statistics, distances and losses are computed in fp32 under
-any autocast.
+default. In training, every `forward` stores its vectors, which the next one reduces to sums and a sample; `update`,
+called once per optimizer step, sums the statistics over all ranks and updates the codebook. The number of accumulation
+steps and ranks therefore changes only rounding (and, through the order of the vectors, the initial centres of k-means),
+and the codebook is the same on every rank. A step holds one micro-batch and at most 3 K vectors, and in the initial
+step also those that k-means starts from. Statistics, distances and losses are computed in fp32 under any autocast.
 
 With `kind="gradient"` the codebook is a parameter instead, trained by the middle term of equation 3.
 """
@@ -45,12 +44,12 @@ class Quantized(NamedTuple):
     commitment_loss: Tensor
     """() mean over vectors and channels of ||sg[e] - z||^2, unweighted (last term of equation 3 without beta)."""
     codebook_loss: Tensor
-    """() mean of ||e - sg[z]||^2 (middle term of equation 3), with gradient to the codewords; without gradient if the
-    codebook learns by moving averages."""
+    """() mean of ||e - sg[z]||^2 (middle term of equation 3), with gradient to the codewords, or without it if the
+    codebook is learned by moving averages."""
 
 
 class Quantizer(nn.Module):
-    """What all quantizers share: codewords, the counts of their use, and steps without quantisation at the start.
+    """The common part of all quantizers: codewords, usage counts, and initial steps without quantisation.
 
     Args:
         config: the settings.
@@ -78,7 +77,7 @@ class Quantizer(nn.Module):
         self._bypassed = False  # whether a `forward` passed vectors unquantised since the last update
 
     def _unquantised(self, z: Tensor) -> Quantized:
-        """Pass z (B, D, h, w) on."""
+        """Return z (B, D, h, w) unquantised."""
         self._bypassed = True
         # 0 x sum: every parameter must take part in every step, since DDP requires that.
         zero_loss = z.new_zeros(()) + sum(0.0 * parameter.sum() for parameter in self.parameters())
@@ -115,16 +114,16 @@ class VectorQuantizer(Quantizer):
     """K codewords of dimension D, learned by moving averages or by gradient.
 
     The first training step initialises the codebook by k-means over the vectors of all ranks. A codeword that no vector
-    chose for `revive_after` updates is replaced by a vector of the current batch. The statistics of the codeword are
-    replaced too, since otherwise the next update would move the codeword back.
+    chose for `revive_after` updates is replaced by a vector of the current batch. Its statistics are replaced too;
+    otherwise the next update would move it back.
 
     Args:
-        num_codewords: K; or one object with all settings.
+        num_codewords: K, or one object with all settings.
         dim: D.
         seed: seed of k-means and of the choice of replacements; must be the same on all ranks.
-        settings: further fields of `VectorQuantizerConfig`, by name. With `kind="gradient"`, add `codebook_loss` to
-            the loss and give the module's parameter to the optimizer; the counts then serve only to find used and dead
-            codewords.
+        settings: other fields of `VectorQuantizerConfig`, by name. With `kind="gradient"`, add `codebook_loss` to the
+            loss and pass the module's parameter to the optimizer; the counts then only tell used codewords from dead
+            ones.
 
     Raises:
         ConfigError: a setting is unknown, of the wrong type or out of range.
@@ -164,8 +163,8 @@ class VectorQuantizer(Quantizer):
     def start(self, z: Tensor) -> None:
         """Initialise the codebook by k-means over z (N, D, h, w), the encoder's output for all images of this rank.
 
-        Without it k-means begins with the vectors of the first `forward`, so under gradient accumulation the first
-        micro-batch would decide the codewords that the losses of the first step see.
+        Without it, k-means uses the vectors of the first `forward`, so under gradient accumulation the first
+        micro-batch would determine the codewords that the losses of the first step see.
         """
         self._start_from(self._on_sphere(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim)))
 
@@ -209,7 +208,7 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the codebook with the vectors of all ranks since the last call. Call once in each optimizer step."""
+        """Update the codebook with the vectors of all ranks since the last call. Call it once per optimizer step."""
         config = self.config
         if self._bypassed:
             self._next_step()
@@ -233,10 +232,10 @@ class VectorQuantizer(Quantizer):
         self._forget()
 
     def _update_codewords(self, step: Weighted, counts: Tensor) -> None:
-        """Update the sums, and with moving averages the codewords, of some thousand codewords at a time.
+        """Update the sums, and with moving averages also the codewords, a few thousand codewords at a time.
 
-        So a large codebook needs no temporary copies of all of its (K, D) numbers. The result does not depend on the
-        tiles: the vectors of a codeword are added in their order.
+        This avoids temporary copies of all (K, D) numbers of a large codebook. The result does not depend on the tiles:
+        the vectors of a codeword are added in order.
         """
         config, K = self.config, self.num_codewords
         total = self.ema_count.sum()
@@ -263,7 +262,7 @@ class VectorQuantizer(Quantizer):
                 codewords.copy_(torch.where(used, means, codewords))
 
     def _on_sphere(self, rows: Tensor) -> Tensor:
-        """Return vectors (N, D) at unit length if the settings normalise, else as they are."""
+        """Return vectors (N, D) scaled to unit length if the settings say so, otherwise unchanged."""
         return F.normalize(rows, dim=1) if self.config.normalise else rows
 
     def _forget(self) -> None:
@@ -274,7 +273,7 @@ class VectorQuantizer(Quantizer):
     # torch.compile makes no graph of it: the number of vectors that the sample has seen changes with every micro-batch.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fold(self, *, is_last: bool) -> None:
-        """Add the vectors of a micro-batch, which may be the last, to what the step keeps of them."""
+        """Add the vectors of a micro-batch, possibly the last, to what the step keeps."""
         assert self._pending is not None
         (vectors, codes), self._pending = self._pending, None
         new = Weighted(vectors, codes, vectors.new_ones(len(codes)))
@@ -288,7 +287,7 @@ class VectorQuantizer(Quantizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs once in a training
     @torch.no_grad()
     def _start_from(self, vectors: Tensor) -> None:
-        """Start the codebook from vectors (N, D) of this rank."""
+        """Initialise the codebook from vectors (N, D) of this rank."""
         # 32 vectors for each codeword, or 4 of a large codebook, determine the centres well enough; more vectors only
         # cost time and memory.
         sample = Sample(min(32 * self.num_codewords, max(_START_VECTORS, 4 * self.num_codewords)))
@@ -297,7 +296,7 @@ class VectorQuantizer(Quantizer):
         self._initialise_codebook(sample)
 
     def _of_start(self) -> Weighted | None:
-        """Return what the step of the start adds to the averages: a sample, weighted as all of its vectors."""
+        """Return what the initial step adds to the averages: a sample, weighted to stand for all its vectors."""
         if self._num_start_vectors < self._sample.seen:  # k-means used only the first of several micro-batches
             self._initialise_codebook(self._sample)
         elif self._sample.stride == 1:
@@ -361,13 +360,13 @@ def kmeans(
     """Run Lloyd's algorithm from randomly chosen vectors; an empty cluster restarts at a random vector.
 
     Args:
-        vectors: (N, D). If there are fewer than `num_clusters`, vectors are repeated, and a little noise is added.
+        vectors: (N, D). If there are fewer than `num_clusters`, some are repeated and a little noise is added.
         num_clusters: K.
-        seed: seed of the random choices; equal input and seed give equal output.
-        iterations: number of iterations of assignment and mean.
+        seed: seed of the random choices; equal inputs and seeds give equal outputs.
+        iterations: number of assignment and averaging iterations.
 
     Returns:
-        centres (K, D) and the number of vectors of each cluster, float (K,).
+        centres (K, D) and the number of vectors in each cluster, float (K,).
     """
     generator = torch.Generator().manual_seed(seed)
     choice = torch.randperm(len(vectors), generator=generator)

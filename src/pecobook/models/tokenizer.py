@@ -27,7 +27,7 @@ class PerceptualTokenizer(Exported):
     """Encodes images as codes and decodes codes to images.
 
     Args:
-        config: shape of the encoder, the decoder and the codebook.
+        config: architecture of the encoder and the decoder, and size of the codebook.
         quantizer: the codebook; None builds one with the default settings.
     """
 
@@ -60,7 +60,7 @@ class PerceptualTokenizer(Exported):
 
     @property
     def predicts(self) -> str:
-        """What the decoder predicts in place of pixels, in words; empty for a tokenizer that draws images."""
+        """What the decoder predicts instead of pixels, in words; empty for a tokenizer that draws images."""
         return f"features of {self.config.teacher}" if self.config.features else ""
 
     @property
@@ -74,12 +74,12 @@ class PerceptualTokenizer(Exported):
 
     @property
     def stride(self) -> int:
-        """Side of the image patch that one token represents, pixels."""
+        """Side of the image patch that one token represents, in pixels."""
         return self.config.model.stride
 
     @property
     def image_size(self) -> int:
-        """Side of the training images, pixels."""
+        """Side of the training images, in pixels."""
         return self.config.image_size
 
     def encode_latents(self, images: Tensor) -> Tensor:
@@ -98,10 +98,10 @@ class PerceptualTokenizer(Exported):
         """Encode images: float (B, C, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
 
         Args:
-            images: on any device; the codes are returned on the same device. Also uint8 in 0..255, or floats of half
-                precision.
-            batch_size: number of images that are encoded at a time on the tokenizer's device.
-            check: look at the values too, which waits for a GPU.
+            images: on any device; the codes are returned on the same device. uint8 in 0..255 and half-precision floats
+                are accepted too.
+            batch_size: number of images encoded at a time on the tokenizer's device.
+            check: also check the values, which waits for a GPU.
 
         Raises:
             ValueError: the shape is not (B, C, H, W), a side is not a multiple of the stride f, or the values are not
@@ -115,8 +115,8 @@ class PerceptualTokenizer(Exported):
         """Decode codes int64 (B, h, w) to images, float (B, C, h f, w f) in [0, 1].
 
         Args:
-            codes: on any device; the images are returned on the same device. Any type of integers.
-            batch_size: number of images that are decoded at a time on the tokenizer's device.
+            codes: on any device, of any integer type; the images are returned on the same device.
+            batch_size: number of images decoded at a time on the tokenizer's device.
 
         Raises:
             ValueError: the shape is not (B, h, w), or the values are not codes in [0, K).
@@ -130,10 +130,10 @@ class PerceptualTokenizer(Exported):
     def features_of(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
         """Return the features that the decoder predicts for codes int64 (B, h, w): float (B, F, h, w).
 
-        Their direction at each position is that of the network's features; their length means nothing.
+        Their direction at each position matches the network's features; their length has no meaning.
 
         Raises:
-            ValueError: as `decode`.
+            ValueError: as in `decode`.
             WeightsError: the decoder draws images.
         """
         if not self.config.features:
@@ -153,7 +153,7 @@ class PerceptualTokenizer(Exported):
     # ------------------------------------------------------------------------------------------------ saving, loading
 
     def settings(self) -> dict[str, Any]:
-        """Return `config` as JSON values; as in earlier exports, a codebook by moving averages is not named."""
+        """Return `config` as JSON values; as in earlier exports, the quantizer `ema` is not named."""
         settings = to_dict(self.config)
         if settings["quantizer"] == "ema":
             del settings["quantizer"], settings["levels"]
@@ -173,7 +173,7 @@ class PerceptualTokenizer(Exported):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str = "") -> Self:
-        """Load as `Exported.from_pretrained` does; the parameters of the tokenizer take no gradient."""
+        """Load as `Exported.from_pretrained` does; the tokenizer's parameters take no gradient."""
         return super().from_pretrained(source, revision=revision).requires_grad_(False)
 
     def loading_code(self, source: str) -> str:
@@ -231,7 +231,7 @@ def apply_in_batches(
 ) -> Tensor:
     """Apply `function` to rows (N, ...) in batches of `batch_size` on `device`.
 
-    The rows may be on any device; the result is returned on that device.
+    The rows may be on any device, and the result is returned on it.
     """
     if exporting():  # the number of rows stays dynamic
         return function(rows)
@@ -240,9 +240,9 @@ def apply_in_batches(
 
 
 class ForeignTokenizer(nn.Module):
-    """What the tokenizers of others share: `encode` and `decode`, some RGB images at a time.
+    """The common part of third-party tokenizers: `encode` and `decode`, a few RGB images at a time.
 
-    A tokenizer has `codebook`, `num_codewords` and `stride`, and does a batch in `_encode` and `_decode`.
+    Subclasses have `codebook`, `num_codewords` and `stride`, and process one batch in `_encode` and `_decode`.
     """
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ class ForeignTokenizer(nn.Module):
         """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
 
         Raises:
-            ValueError: as `PerceptualTokenizer.encode`.
+            ValueError: as in `PerceptualTokenizer.encode`.
         """
         images = as_images(images, (3,), self.stride, check=check)
         encoded: Tensor = apply_in_batches(self._encode, images, batch_size, self.codebook.device)
@@ -261,7 +261,7 @@ class ForeignTokenizer(nn.Module):
         """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1].
 
         Raises:
-            WeightsError: the tokenizer has no decoder of pixels.
+            WeightsError: the tokenizer does not decode to pixels.
         """
         require_pixels(self, "This tokenizer", "decode codes to images")
         decoded: Tensor = apply_in_batches(
@@ -277,13 +277,13 @@ TRAINING_ONLY_BUFFERS = frozenset(
 
 
 def build_autoencoder(config: AutoencoderConfig, features: int = 0) -> tuple[nn.Module, nn.Module]:
-    """Build the encoder and the decoder of the kind `config.kind`; the decoder draws images or predicts features."""
+    """Build the encoder and the decoder of type `config.kind`; the decoder draws images or predicts features."""
     if config.kind == "vit":
         return ViTEncoder(config), ViTDecoder(config, features)
     return Encoder(config), Decoder(config, features)
 
 
 def require_pixels(tokenizer: Any, name: str, purpose: str) -> None:
-    """Raise WeightsError for a tokenizer whose decoder predicts features: "NAME predicts ... and cannot PURPOSE."."""
+    """Raise WeightsError if a tokenizer's decoder predicts features: "NAME predicts ... and cannot PURPOSE."."""
     if predicts := getattr(tokenizer, "predicts", ""):
         raise WeightsError(f"{name} predicts {predicts}, not pixels, and cannot {purpose}.")

@@ -18,7 +18,7 @@ from pecobook.utils.given import given
 from pecobook.utils.images import as_images
 
 FOREIGN = ("dalle", "diffusers", "fourm", *LAYOUTS)
-"""What stands before the colon of the name of a tokenizer of others."""
+"""The prefixes, before the colon, of the names of third-party tokenizers."""
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -26,15 +26,15 @@ def load_tokenizer(source: str | Path) -> Any:
 
     Args:
         source: a codebook run, an export folder or `owner/name` on the hub; `dalle:FOLDER` for DALL-E's discrete VAE;
-            `diffusers:FOLDER` or `diffusers:owner/name` for a VQModel of diffusers; `taming:FILE` or `llamagen:FILE`
-            for a public checkpoint of taming-transformers' VQGAN or of LlamaGen's VQ, `fourm:FILE` for one of 4M.
+            `diffusers:FOLDER` or `diffusers:owner/name` for a diffusers VQModel; `taming:FILE` or `llamagen:FILE` for a
+            public checkpoint of taming-transformers' VQGAN or of LlamaGen's VQ, `fourm:FILE` for one of 4M's.
 
     Returns:
-        an nn.Module in evaluation mode with the methods `encode` (float (B, 3, H, W) in [0, 1] to int64
-        (B, H / f, W / f)) and `decode` (the inverse), and the attributes `codebook` (K, D), `num_codewords` K,
-        `stride` f and `image_size`, the side of the training images. Both methods accept tensors on any device and
-        take `batch_size`, the number of images that are processed at a time on the tokenizer's device; with
-        `check=False`, `encode` does not look at the values of the images, which would wait for a GPU.
+        an nn.Module in evaluation mode with the methods `encode` (float (B, 3, H, W) in [0, 1] to int64 (B, H / f, W /
+        f)) and `decode` (the inverse), and the attributes `codebook` (K, D), `num_codewords` K, `stride` f and
+        `image_size`, the side of the training images. Both methods accept tensors on any device and take `batch_size`,
+        the number of images processed at a time on the tokenizer's device; with `check=False`, `encode` does not check
+        the values of the images, which would wait for a GPU.
 
     Raises:
         WeightsError: the tokenizer is missing or damaged, or `source` is not a tokenizer.
@@ -107,7 +107,7 @@ def fingerprint(tokenizer: nn.Module) -> str:
 
 
 class DiffusersTokenizer(ForeignTokenizer):
-    """A VQModel of diffusers, such as the VQGANs of latent diffusion, of taming-transformers and of LlamaGen.
+    """A diffusers VQModel, such as the VQGANs of latent diffusion, taming-transformers and LlamaGen.
 
     Args:
         model: the diffusers model; its images are RGB in [-1, 1].
@@ -129,12 +129,12 @@ class DiffusersTokenizer(ForeignTokenizer):
 
     @property
     def stride(self) -> int:
-        """Side of the image patch that one token represents, pixels."""
+        """Side of the image patch that one token represents, in pixels."""
         return int(2 ** (len(self.model.config.block_out_channels) - 1))
 
     @property
     def image_size(self) -> int:
-        """Side of the training images, pixels."""
+        """Side of the training images, in pixels."""
         return int(self.model.config.sample_size)
 
     def _encode(self, images: Tensor) -> Tensor:

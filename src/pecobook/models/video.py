@@ -1,11 +1,11 @@
-"""Divided space-time attention (TimeSformer, arXiv 2102.05095): a transformer of images made to read clips.
+"""Divided space-time attention (TimeSformer, arXiv 2102.05095): makes an image transformer read clips.
 
-In each block a patch first attends to the patches at its own place in all frames, then each frame is computed by the
-block of the image network. A clip has one class token: after each branch of a block the copies in its frames are
-averaged. What is added begins at zero, so a clip of equal frames gives the logits of the image network.
+In each block, a patch first attends to the patches at its own position in all frames; then the image network's block
+processes each frame. A clip has a single class token: after each branch of a block, its copies in the frames are
+averaged. What is added starts at zero, so a clip of equal frames gives the image network's logits.
 
-B clips of T frames each, N tokens of a frame of which the first P belong to no patch (class token, registers), D
-channels. All frames of a batch go through the image network at once, clip by clip: (B T, N, D).
+B clips of T frames each, N tokens per frame, of which the first P are not patches (class token, registers), D channels.
+All frames of a batch go through the image network at once, clip by clip: (B T, N, D).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from pecobook.utils.images import as_images, channels_last
 class TemporalAttention(nn.Module):
     """Adds to each patch its attention over the frames: (B T, N, D) to the same shape.
 
-    Norm and attention begin with the weights of the block's spatial attention, without its relative positions; the
-    projection behind them begins at zero, so at first nothing is added.
+    Norm and attention start with the weights of the block's spatial attention, without its relative positions; the
+    projection after them starts at zero, so nothing is added at first.
 
     Args:
-        block: a block of timm's ViT or BEiT.
+        block: a block of a timm ViT or BEiT.
         frames: T.
-        prefix: P; these tokens stay as they are.
+        prefix: P; these tokens are left unchanged.
     """
 
     def __init__(self, block: Any, frames: int, prefix: int) -> None:
@@ -74,9 +74,9 @@ class TemporalAttention(nn.Module):
 
 
 class ClipBranch(nn.Module):
-    """The end of a branch of a block: what it adds to the class token is averaged over the frames of a clip.
+    """The end of a block's branch: what it adds to the class token is averaged over the frames of a clip.
 
-    Stochastic depth leaves the branch out for all frames of a clip or for none.
+    Stochastic depth drops the branch for all frames of a clip or for none.
     """
 
     def __init__(self, drop_path: nn.Module, frames: int, prefix: int) -> None:
@@ -91,7 +91,7 @@ class ClipBranch(nn.Module):
 
 
 class DividedBlock(nn.Module):
-    """A block of the image network behind attention over time: (B T, N, D) to the same shape."""
+    """Attention over time, followed by a block of the image network: (B T, N, D) to the same shape."""
 
     def __init__(self, block: Any, frames: int, prefix: int) -> None:
         super().__init__()
@@ -101,33 +101,33 @@ class DividedBlock(nn.Module):
         self.spatial = block
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply attention over time, then the block, which gets the further arguments (BEiT's shared positions)."""
+        """Apply attention over time, then the block, which gets the other arguments (BEiT's shared positions)."""
         return self.spatial(self.temporal(tokens), *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class TimeEmbedding(nn.Module):
-    """Adds a learned vector for each frame, which begins at zero, to patches (B T, ..., D)."""
+    """Adds a learned vector per frame, initially zero, to patches (B T, ..., D)."""
 
     def __init__(self, frames: int, width: int) -> None:
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(frames, width))  # a name that gets no weight decay
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return the patches with the vectors of their frames added."""
+        """Return the patches with their frames' vectors added."""
         frames, width = self.pos_embed.shape
         places = self.pos_embed.view(frames, *(1,) * (patches.ndim - 2), width)
         return (patches.view(-1, frames, *patches.shape[1:]) + places).flatten(0, 1)
 
 
 class ClipNetwork(nn.Module):
-    """A transformer of images with divided space-time attention, which maps clips to logits.
+    """An image transformer with divided space-time attention, which maps clips to logits.
 
     Args:
-        network: a ViT or BEiT of timm; it is changed in place, and its head stays what it is.
-        frames: T, the frames of a clip.
+        network: a timm ViT or BEiT; it is changed in place, and its head is kept.
+        frames: T, the number of frames in a clip.
 
     Raises:
-        WeightsError, AttributeError: the network is none of timm's ViTs and BEiTs, or has other blocks.
+        WeightsError, AttributeError: the network is not one of timm's ViTs and BEiTs, or has other blocks.
     """
 
     def __init__(self, network: Any, frames: int) -> None:
@@ -169,17 +169,17 @@ class ClipNetwork(nn.Module):
 
 
 def image_network(network: nn.Module) -> nn.Module:
-    """Return the network of timm in a `ClipNetwork`, or the network itself."""
+    """Return the timm network in a `ClipNetwork`, or the network itself."""
     return network.image_network if isinstance(network, ClipNetwork) else network
 
 
 class ClipClassifier(Classifier):
-    """A classifier of clips, as `pecobook finetune --clip.frames T` exports it.
+    """A video classifier, as `pecobook finetune --clip.frames T` exports it.
 
     Args:
         args: the arguments of `Classifier`.
         clip: which frames of a video the network reads, and how many crops of them.
-        kwargs: further arguments of `Classifier`.
+        kwargs: other arguments of `Classifier`.
     """
 
     kind = "clip classifier"
@@ -204,7 +204,7 @@ class ClipClassifier(Classifier):
         return self.network(((images - mean) / std).view(clips.shape))  # type: ignore[no-any-return]
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the classifier, with the frames of a clip."""
+        """Return the settings of the classifier, including the frames of a clip."""
         return {**super().settings(), "clip": dataclasses.asdict(self.clip)}
 
     @classmethod

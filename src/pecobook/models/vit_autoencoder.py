@@ -1,7 +1,7 @@
 """Plain transformers as encoder and decoder of the tokenizer (PeCo, row ViT-B / ViT-B of Table 12).
 
 The blocks are timm's. Positions are fixed two-dimensional sines and cosines, computed for the grid of each input, so
-images of any size that is a multiple of the patch side are possible.
+images of any size that is a multiple of the patch side work.
 
 B batch, N = h w patches, C width, P side of a patch, D latent channels.
 """
@@ -16,7 +16,7 @@ from pecobook.settings.tokenizer import AutoencoderConfig
 
 
 class _Trunk(nn.Sequential):
-    """Adds positions to tokens and applies transformer blocks and a final norm: (B, C, h, w) to (B, C, h, w)."""
+    """Adds positions to tokens, then applies transformer blocks and a final norm: (B, C, h, w) to (B, C, h, w)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         from timm.models.vision_transformer import Block

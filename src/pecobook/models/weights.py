@@ -1,4 +1,4 @@
-"""Backbones and classifiers: built by timm's name or loaded from a pecobook run, and exported.
+"""Backbones and classifiers: built by timm name or loaded from a pecobook run, and exported.
 
 Nothing in this module unpickles code.
 """
@@ -32,19 +32,19 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "Classifier", "create_ne
 
 
 class Backbone(Exported):
-    """A network without a head, and the input that it expects.
+    """A network without a head, together with the input that it expects.
 
     Args:
         network: a timm network with `forward_features` and `forward_intermediates`.
         name: timm's name of the network.
-        args: further arguments of timm.create_model.
-        mean: mean of the input's normalisation, RGB in [0, 1].
-        std: standard deviation of the input's normalisation, RGB in [0, 1].
-        image_size: side of the training images, pixels; None if the network takes any size.
-        target: prediction target of masked pre-training (`tokens` or `pixels`); empty without such pre-training.
-        notes: lines for the user on what was taken from where.
+        args: additional arguments for timm.create_model.
+        mean: mean for normalising the input, RGB in [0, 1].
+        std: standard deviation for normalising the input, RGB in [0, 1].
+        image_size: side of the training images, in pixels; None if the network takes any size.
+        target: prediction target of masked pre-training (`tokens` or `pixels`); empty if there was none.
+        notes: lines that tell the user what was taken from where.
         classes: names of the classes of a classifier.
-        crop: side of the central square that the network reads, as a share of the image's shorter side.
+        crop: side of the central square that the network reads, as a fraction of the image's shorter side.
     """
 
     kind = "backbone"
@@ -132,7 +132,7 @@ class Backbone(Exported):
         return self._image_code("", line, 'model.pretrained_cfg["label_names"]')
 
     def _image_code(self, imports: str, lines: str, names: str) -> str:
-        """Return code of `imports` and `lines`, which build `model`; `names` is an expression for the classes."""
+        """Return code from `imports` and `lines`, which build `model`; `names` is an expression for the classes."""
         return f"""\
 {imports}import numpy as np
 import timm
@@ -168,7 +168,7 @@ from PIL import Image, ImageOps
 
 
 class Classifier(Backbone):
-    """A network with a classification head, which maps images to logits of the classes; arguments as of `Backbone`."""
+    """A network with a classification head that maps images to class logits; arguments as for `Backbone`."""
 
     kind = "classifier"
     trained_by = "finetune"
@@ -179,7 +179,7 @@ class Classifier(Backbone):
 
 
 def _check_pooling(network: nn.Module, settings: dict[str, Any]) -> None:
-    """Raise WeightsError for an export of masked modelling that pools the class token, which was never trained."""
+    """Raise WeightsError for an export of masked modelling that pools the class token, which was not trained."""
     if settings.get("target") and getattr(network, "global_pool", "") == "token":
         raise WeightsError("it is of masked modelling before version 0.1.0, and pools a class token without training.")
 
@@ -198,14 +198,14 @@ def load_backbone(
     """Load a backbone without a head.
 
     Args:
-        spec: `timm:NAME`, or a run folder of pecobook (contrast, pretrain or finetune).
+        spec: `timm:NAME`, or a pecobook run folder (contrast, pretrain or finetune).
         weights: None for the network's pre-trained weights, `random` for random weights, or a local file.
-        image_size: side of the input images, pixels; position tables of a transformer are interpolated to this size.
-        pool_mean: let a transformer pool the mean of the patches instead of the class token.
+        image_size: side of the input images, in pixels; a transformer's position tables are interpolated to this size.
+        pool_mean: make a transformer pool the mean of the patches instead of the class token.
         drop_path: rate of stochastic depth.
-        any_size: let a transformer with absolute positions interpolate the positions to the size of each input image.
-        mean: mean of the input's normalisation, RGB in [0, 1]; empty takes that of the weights.
-        std: standard deviation of the input's normalisation; empty takes that of the weights.
+        any_size: make a transformer with absolute positions interpolate them to the size of each input image.
+        mean: mean for normalising the input, RGB in [0, 1]; if empty, that of the weights.
+        std: standard deviation for normalising the input; if empty, that of the weights.
 
     Raises:
         ConfigError: `spec` is a file of weights.
@@ -238,7 +238,7 @@ _Loaded = tuple[nn.Module, dict[str, Any], int | None, Normalisation, tuple[str,
 def _load_run(
     spec: str, weights: str | None, checkpoint: Checkpoint | None, image_size: int | None, options: dict[str, Any]
 ) -> _Loaded:
-    """Load a run; returns the network, its arguments, the image size, the normalisation and the names left aside."""
+    """Load a run; return the network, its arguments, the image size, the normalisation and the unused names."""
     config, state = read_export(spec, kinds=("backbone", "classifier"))
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
@@ -261,7 +261,7 @@ def _load_run(
 def _load_timm(
     name: str, weights: str | None, checkpoint: Checkpoint | None, image_size: int | None, options: dict[str, Any]
 ) -> _Loaded:
-    """Load a network of timm; returns what `_load_run` returns."""
+    """Load a timm network; return what `_load_run` returns."""
     traits = network_traits(name)
     pooling: dict[str, Any] = _pooling_args(traits, options["pool_mean"])
     side = image_size
@@ -286,17 +286,17 @@ def _load_timm(
 def load_file(
     network: nn.Module, name: str, args: dict[str, Any], file: str, checkpoint: Checkpoint | None
 ) -> tuple[tuple[str, ...], Normalisation]:
-    """Load a file of weights into timm's `name`, built with `args`.
+    """Load a file of weights into the timm network `name`, built with `args`.
 
     Args:
         network: the network.
         name: timm's name of the network.
-        args: arguments with which timm built it.
+        args: arguments that timm built it with.
         file: path of the file.
         checkpoint: the content of the file; None for an `.npz`, which is read here.
 
     Returns:
-        the names of the file that were left aside, and the normalisation that its network expects.
+        the names in the file that were not used, and the normalisation that its network expects.
 
     Raises:
         WeightsError: the weights do not fit.
@@ -312,7 +312,7 @@ def load_file(
 
 
 def _load_npz(network: nn.Module, path: str) -> None:
-    """Load Google's weights in NumPy's format (augreg, BiT) by timm's own reader. Raises WeightsError."""
+    """Load Google's weights in NumPy's format (augreg, BiT) with timm's own reader. Raises WeightsError."""
     if not Path(path).is_file():
         raise WeightsError(f"There is no file of weights '{path}'.")
     if not hasattr(network, "load_pretrained"):
@@ -331,7 +331,7 @@ def _runtime_args(traits: NetworkTraits, options: dict[str, Any]) -> dict[str, A
 
 
 def _pooling_args(traits: NetworkTraits, pool_mean: bool) -> dict[str, Any]:
-    """Return arguments of timm.create_model with which a transformer pools the mean of the patches."""
+    """Return arguments of timm.create_model that make a transformer pool the mean of the patches."""
     if not (pool_mean and traits.pools_mean):
         return {}
     return {"global_pool": "avg", **({"use_fc_norm": True} if traits.norm_moves else {})}

@@ -1,1 +1,1 @@
-"""The stages of training. Each is an nn.Module whose forward returns a loss; stages never import each other."""
+"""The training stages. Each is an nn.Module whose forward returns a loss; stages never import each other."""

@@ -37,7 +37,7 @@ from pecobook.utils.images import Normalised, channels_last, to_float
 
 
 class Kind(NamedTuple):
-    """What is classified, images or clips: how it is opened and viewed, and the classifier that is exported."""
+    """The classified items, images or clips: how they are opened and viewed, and which classifier is exported."""
 
     open: Callable[[str], Splits]
     view: ViewFunction
@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(config: FinetuneConfig) -> Kind:
-    """Return what the settings classify."""
+    """Return the kind of items that the settings classify."""
     clip = config.clip
     if not clip.frames:
         return Kind(_open_images, _augmented_view, central_view, Classifier)
@@ -55,7 +55,7 @@ def kind_of(config: FinetuneConfig) -> Kind:
 
 
 class ClassifyStage(Normalised, Stage[FinetuneConfig]):
-    """A backbone with a linear head on its mean-pooled patch features, of images or of clips (`models.video`).
+    """A backbone with a linear head on its mean-pooled patch features, for images or clips (`models.video`).
 
     Args:
         config: all settings.
@@ -89,7 +89,7 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
     def forward(self, batch: Batch) -> StageOutput:
         """Return the cross-entropy of uint8 images (B, 3, H, W); in evaluation also the five best classes.
 
-        Clips have the shape (B, T, 3, H, W), in evaluation with V crops (B, V, T, 3, H, W).
+        Clips have the shape (B, T, 3, H, W), or in evaluation, with V crops, (B, V, T, 3, H, W).
         """
         images = self.normalise(to_float(batch["image"]))
         labels = batch["label"]
@@ -110,14 +110,14 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
     def _augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Erase parts of normalised images (B, ..., 3, H, W), and mix the images and their targets (B, classes).
 
-        What is done to an image is done to all frames of a clip.
+        All frames of a clip are treated alike.
         """
         if self.config.random_erasing:
             images = random_erasing(images.flatten(1, -3), self.config.random_erasing).view_as(images)
         return mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
 
     def repeats(self) -> int:
-        """Return the settings' number of views of an image in a batch."""
+        """Return the number of views of each image in a batch."""
         return self.config.repeats
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
@@ -160,7 +160,7 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
         return split
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the classifier, of images as a plain timm network, with the names of its classes."""
+        """Write the classifier (for images, as a plain timm network) with its class names."""
         weights = submodule_state(state, "network" if self.averaged is None else "averaged")
         fields = {"classes": self.classes, "crop": self.config.eval_crop}
         classifier = kind_of(self.config).classifier(self.network, *self._backbone_fields, **fields)
@@ -170,7 +170,7 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
 
     @classmethod
     def check(cls, config: FinetuneConfig) -> Backbone:
-        """Load the backbone. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Load the backbone. Raises PecobookError for unusable settings or weights."""
         check_policy(config.rand_augment)
         if not (config.backbone or config.init):
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
@@ -191,7 +191,7 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
 
     @classmethod
     def needs_labels(cls, config: FinetuneConfig) -> bool:
-        """Return True: a classifier learns from labels only."""
+        """Return True: a classifier learns only from labels."""
         return True
 
     @classmethod
@@ -201,7 +201,7 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
 
     @classmethod
     def view(cls, config: FinetuneConfig) -> ViewFunction:
-        """Return the function that takes a random, augmented crop of an image, or of the frames of a clip."""
+        """Return the function that takes a random, augmented crop of an image or of a clip's frames."""
         rules: dict[str, Any] = {"size": config.image_size, "min_area": config.min_crop, "policy": config.rand_augment}
         return partial(kind_of(config).view, **rules)
 
@@ -212,9 +212,9 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
 
 
 def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Apply Mixup or CutMix: mix a batch with the reversed batch, with torch's global generator.
+    """Apply Mixup or CutMix: mix a batch with the reversed batch, using torch's global generator.
 
-    Where both are on, each batch takes one of them with equal chances.
+    If both are on, each batch uses one of them, with equal probability.
 
     Args:
         images: float (B, ..., H, W).
@@ -243,7 +243,7 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tupl
 
 
 def load_for_classification(config: FinetuneConfig) -> Backbone:
-    """Load the backbone, that of `--init` too; a transformer pools by the mean of its patches."""
+    """Load the backbone, also that of `--init`; a transformer pools the mean of its patches."""
     if config.init:
         check_kind(config.init, "classifier", "finetune")
     backbone = load_backbone(

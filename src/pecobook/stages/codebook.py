@@ -1,8 +1,8 @@
-"""Train the tokenizer: a VQ-VAE whose codebook is learned under a perceptual loss (PeCo, equations 3 to 5).
+"""Train the tokenizer: a VQ-VAE whose codebook is learned with a perceptual loss (PeCo, equations 3 to 5).
 
     loss = pixel_weight x L_pixel + lambda x L_percep + beta x commitment
 
-The codebook itself follows moving averages (`pecobook.models.quantizer`), which replaces equation 3's middle term.
+The codebook itself is learned by moving averages (`pecobook.models.quantizer`), which replace equation 3's middle term.
 The paper's alternatives are here too: the adversarial term of equation 8 (Table 7), and losses on the codewords
 themselves (Table 6).
 """
@@ -48,7 +48,7 @@ from pecobook.utils.images import to_float
 
 _MIN_GROUP = 4  # channels, as VQGAN's smallest group
 Frozen: TypeAlias = PerceptualDistance | PerceptualSum | FeatureTarget
-"""The frozen network of the loss."""
+"""The frozen network used by the loss."""
 
 
 class CodebookStage(Stage[CodebookConfig]):
@@ -87,7 +87,7 @@ class CodebookStage(Stage[CodebookConfig]):
         self.notes = (*frozen_notes, *small_groups(self.tokenizer), *self.start.notes)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
+        """Compute equation 5, and the terms that the settings add, on a batch of uint8 images."""
         if "ahead" in batch:
             return StageOutput(None, {}, rows=self._rows_ahead(batch))
         if self.contrast is not None and self.training and "keys" not in batch:
@@ -118,10 +118,10 @@ class CodebookStage(Stage[CodebookConfig]):
         return StageOutput(loss + codebook_side + discriminator_loss, metrics, pictures, rows)
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
-        """Return how many codewords all held-out images together use, how evenly, and how far codes tell positions.
+        """Return how many codewords all held-out images use together, how evenly, and how far codes reveal positions.
 
-        `position` is the information of codes about positions, in percent, and `position_null` that of codes that are
-        permuted within each image (`pecobook.analysis.position`), both on at most 2,000 images.
+        `position` is the information in codes about positions, in percent, and `position_null` that in codes permuted
+        within each image (`pecobook.analysis.position`), both on at most 2,000 images.
         """
         usage = code_usage(rows["codes"], self.config.quantizer.num_codewords)
         position = position_dependence(rows["codes"][:2000])
@@ -138,9 +138,9 @@ class CodebookStage(Stage[CodebookConfig]):
         return rgb_to_grayscale(images) if self.config.model.in_channels == 1 else images
 
     def _reconstruction_loss(self, images: Tensor, restored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return weighted pixel and perceptual loss, (), and metrics; both images float (B, C, H, W) in [0, 1].
+        """Return the weighted pixel and perceptual loss, (), and metrics; both images float (B, C, H, W) in [0, 1].
 
-        With a target, `restored` is what the decoder predicts of its features.
+        With a target, `restored` contains the features that the decoder predicts.
         """
         if self.target is not None:
             loss = self.target.loss(restored, images)
@@ -175,7 +175,7 @@ class CodebookStage(Stage[CodebookConfig]):
     def _adversarial_losses(
         self, images: Tensor, restored: Tensor, metrics: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return equation 8's losses of the autoencoder and of the discriminator, unweighted, () each."""
+        """Return equation 8's losses for the autoencoder and the discriminator, unweighted, () each."""
         if self.discriminator is None or not self.training:
             return images.new_zeros(()), images.new_zeros(())
         losses = adversarial_losses(self.discriminator, images, restored)
@@ -183,7 +183,7 @@ class CodebookStage(Stage[CodebookConfig]):
         return losses
 
     def _codeword_loss(self, batch: Batch, coded: Quantized, metrics: dict[str, Tensor]) -> Tensor:
-        """Return Table 6's loss on codewords, weighted, ()."""
+        """Return Table 6's loss on the codewords, weighted, ()."""
         if not self.training or self.config.explicit.kind == "none":
             return coded.commitment_loss.new_zeros(())
         if self.classifier is not None:
@@ -197,12 +197,12 @@ class CodebookStage(Stage[CodebookConfig]):
     @property
     def needs_full_batch_keys(self) -> bool:
         """Return whether a micro-batch needs all images of the step: to contrast them, for the size of the whole loss
-        that --balance divides by, and once for the start of the codebook.
+        that --balance divides by, and once to initialise the codebook.
         """
         return self.contrast is not None or self.config.balance or self.tokenizer.quantizer.starts_now
 
     def _rows_ahead(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what other micro-batches need of these images, (B, ...) each."""
+        """Return what other micro-batches need from these images, (B, ...) each."""
         rows = {} if self.contrast is None else {"keys": self._keys(batch)}
         if not (self.config.balance or self.tokenizer.quantizer.starts_now):
             return rows
@@ -216,7 +216,7 @@ class CodebookStage(Stage[CodebookConfig]):
         return {**rows, "reconstruction": loss.expand(len(images))}
 
     def after_ahead(self, rows: dict[str, Tensor]) -> bool:
-        """Start the codebook from all vectors of the step; --balance then needs the loss under this codebook."""
+        """Initialise the codebook from all vectors of the step; --balance then needs the loss with this codebook."""
         if "latents" not in rows:
             return False
         self.tokenizer.quantizer.start(rows.pop("latents"))
@@ -245,7 +245,7 @@ class CodebookStage(Stage[CodebookConfig]):
         }
 
     def after_step(self, step: int, total: int) -> None:
-        """Update the codebook, and the momentum encoder of the contrastive loss."""
+        """Update the codebook and the contrastive loss's momentum encoder."""
         self.tokenizer.quantizer.update()
         if self.contrast is not None:
             self.contrast.after_step(self.tokenizer.encoder)
@@ -287,7 +287,7 @@ class CodebookStage(Stage[CodebookConfig]):
 
     @classmethod
     def check(cls, config: CodebookConfig) -> Frozen | None:
-        """Build the frozen network. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the frozen network. Raises PecobookError for unusable settings or weights."""
         if not (config.perceptual.network or config.target_features):
             raise ConfigError(
                 "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels "
@@ -305,7 +305,7 @@ class CodebookStage(Stage[CodebookConfig]):
 
     @classmethod
     def needs_labels(cls, config: CodebookConfig) -> bool:
-        """Return whether the settings ask for the classification loss, which needs labels."""
+        """Return whether the settings use the classification loss, which needs labels."""
         return config.explicit.kind == "classification"
 
     @classmethod
@@ -329,7 +329,7 @@ class CodebookStage(Stage[CodebookConfig]):
 
 
 def _origin(config: CodebookConfig) -> str:
-    """Describe in a sentence, for the model card, how the tokenizer was trained; folders stay on this machine."""
+    """Describe in a sentence, for the model card, how the tokenizer was trained; no folders are named."""
     data, perceptual = without_folders(config.data), config.perceptual
     features = "pixels alone"
     if config.target_features:
@@ -345,13 +345,13 @@ def _origin(config: CodebookConfig) -> str:
 
 
 def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> Start:
-    """Load the weights of `--init` into the tokenizer; without `--init` nothing is taken."""
+    """Load the weights of `--init` into the tokenizer; without `--init` nothing is loaded."""
     vectors = config.batch_size * (config.image_size / config.model.stride) ** 2
     return start_tokenizer(tokenizer, config.init, vectors=vectors) if config.init else Start("")
 
 
 def small_groups(tokenizer: PerceptualTokenizer) -> tuple[str, ...]:
-    """Return a line for the user if a group of GroupNorm holds too few channels for a bounded gradient."""
+    """Return a line for the user if a GroupNorm group has too few channels for a bounded gradient."""
     norms = [module for module in tokenizer.modules() if isinstance(module, GroupNorm)]
     smallest = min((norm.num_channels // norm.num_groups for norm in norms), default=_MIN_GROUP)
     if smallest >= _MIN_GROUP:
@@ -363,7 +363,7 @@ def small_groups(tokenizer: PerceptualTokenizer) -> tuple[str, ...]:
 
 
 def _frozen_network(config: CodebookConfig) -> Frozen | None:
-    """Build the network that the settings compare features with, or whose features they predict; None without one."""
+    """Build the network whose features the settings compare or predict; None without one."""
     if config.target_features:
         return FeatureTarget(config.target_features, config.target, config.image_size, seed=config.seed)
     return build_perceptual_distance(config.perceptual, config.seed)

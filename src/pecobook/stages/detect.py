@@ -1,4 +1,4 @@
-"""Object detection and instance masks (PeCo section 4): Mask R-CNN on the feature pyramid of a backbone."""
+"""Object detection and instance masks (PeCo section 4): Mask R-CNN on a backbone's feature pyramid."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _MIN_DRAWN_SCORE = 0.3
 class DetectStage(Stage[DetectConfig]):
     """A detector, its losses, and its average precision on the held-out images.
 
-    Four of the five losses are means over equally many anchors or proposals of every image (256, `--detector.samples`),
-    so they do not depend on the parts of a step. The masks' loss is a mean over the regions with an object of a
-    micro-batch, as in torchvision, so with accumulation an image counts more for it beside an image with few objects.
-    The number of these regions in the whole step is known only after a forward pass of all its parts.
+    Four of the five losses are means over equally many anchors or proposals per image (256, `--detector.samples`), so
+    they do not depend on how a step is split. The mask loss is a mean over a micro-batch's regions with an object, as
+    in torchvision, so with accumulation an image counts more for it next to an image with few objects. The number of
+    these regions in the whole step is known only after a forward pass over all its parts.
 
     Args:
         config: all settings.
@@ -143,7 +143,7 @@ class DetectStage(Stage[DetectConfig]):
 
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
-        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the pyramid and its backbone. Raises PecobookError for unusable settings or weights."""
         return build_pyramid(config)
 
     @classmethod
@@ -183,7 +183,7 @@ def _targets(batch: Batch) -> list[dict[str, Tensor]]:
 def detections_to_row(
     detections: Detections, view: tuple[int, int], size: tuple[int, int], count: int
 ) -> dict[str, Tensor]:
-    """Pad detections to `count` entries, the added ones with score 0; boxes become pixels of the original image."""
+    """Pad detections to `count` entries, adding ones with score 0; boxes become pixels of the original image."""
     missing = count - len(detections.scores)
     row = {
         "boxes": F.pad(rescale_boxes(detections.boxes, view, size), (0, 0, 0, missing)),
@@ -196,7 +196,7 @@ def detections_to_row(
 
 
 def rows_to_detections(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
-    """Yield number and detections of every image once, in the order of the numbers."""
+    """Yield the number and detections of every image once, in numerical order."""
     index = rows["index"].tolist()
     first_rows = {number: row for row, number in reversed(list(enumerate(index)))}
     for number, row in sorted(first_rows.items()):

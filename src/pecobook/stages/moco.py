@@ -32,7 +32,7 @@ from pecobook.utils.images import Normalised, channels_last, to_float
 
 
 class MocoStage(Normalised, Stage[ContrastConfig]):
-    """Two views of each image, an encoder, and a momentum encoder: the moving average of the encoder."""
+    """Two views of each image, an encoder, and a momentum encoder: the encoder's moving average."""
 
     command = "contrast"
 
@@ -63,7 +63,7 @@ class MocoStage(Normalised, Stage[ContrastConfig]):
         self.set_normalisation(self.start.mean, self.start.std)
 
     def _take_heads(self) -> None:
-        """Take the heads and the momentum encoder of the run of `--init`."""
+        """Copy the heads and the momentum encoder from the run of `--init`."""
         state = training_weights(self.start.source)
         if "predictor.0.weight" not in state:
             self.start.left.append("projector and predictor (not in it)")
@@ -127,7 +127,7 @@ class MocoStage(Normalised, Stage[ContrastConfig]):
         return {"knn": knn_probe(*train, rows["features"], rows["labels"]).accuracy}
 
     def _prepare_view(self, view: Tensor, draws: Tensor, number: int) -> Tensor:
-        """Change the colours of view 0 or 1, uint8 (B, 3, H, W), and normalise it for the backbone."""
+        """Apply the colour augmentation to view 0 or 1, uint8 (B, 3, H, W), and normalise it for the backbone."""
         return self._normalise(photometric(to_float(view), draws, self.config.view_colour(number)))
 
     def _normalise(self, images: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class MocoStage(Normalised, Stage[ContrastConfig]):
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        """Move the momentum encoder towards the encoder; the momentum rises to 1 over a training of known length."""
+        """Move the momentum encoder towards the encoder; the momentum rises to 1 if the length of training is known."""
         momentum = self.config.momentum
         if self.config.optim.schedule != "constant":
             momentum = cosine(step - 1, total=total, start=momentum, end=1.0)
@@ -160,7 +160,7 @@ class MocoStage(Normalised, Stage[ContrastConfig]):
 
     @classmethod
     def check(cls, config: ContrastConfig) -> MocoStage:
-        """Build the stage with random weights. Raises PecobookError for settings that cannot be used."""
+        """Build the stage with random weights. Raises PecobookError for unusable settings."""
         check_min_batch(config)
         name = config.model.name
         with refusing(name, "be trained by MoCo v3"):
@@ -171,7 +171,7 @@ class MocoStage(Normalised, Stage[ContrastConfig]):
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:
-        """Return the function that takes two random crops of an image, and the draws of their colour changes."""
+        """Return the function that takes two random crops of an image and draws their colour augmentation."""
         return partial(_two_views, size=config.image_size, min_area=config.min_crop)
 
     @classmethod

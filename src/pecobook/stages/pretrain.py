@@ -1,6 +1,6 @@
 """Pre-train a ViT: hide patches and predict their codes (PeCo, equations 6 and 7) or their pixels (MAE).
 
-The codes come from a tokenizer that encodes every crop, or from a token bank, which stores them.
+The codes come from a tokenizer that encodes every crop, or from a token bank that stores them.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 from pecobook.utils.images import Normalised, to_float
 
 _MANY_CODEWORDS = 2**16
-"""Number of codewords above which logits are computed in tiles: 64 images have 5 GB of logits for 262,144 codewords."""
+"""Number of codewords above which logits are computed in tiles: with 262,144, 64 images have 5 GB of logits."""
 _MANY_LOGITS = 2**28
-"""Number of logits of a tile, 1 GB in fp32."""
+"""Number of logits per tile, 1 GB in fp32."""
 
 
 class PretrainStage(Normalised, Stage[PretrainConfig]):
@@ -87,14 +87,14 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
         self.set_normalisation(self.start.mean, self.start.std)
 
     def train(self, mode: bool = True) -> PretrainStage:
-        """Set the mode of the model; the tokenizer stays in evaluation mode."""
+        """Set the model's mode; the tokenizer stays in evaluation mode."""
         super().train(mode)
         if self.tokenizer is not None:
             self.tokenizer.eval()
         return self
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Return equation 7 on uint8 images (B, 3, H, W), bool masks (B, h, w) and, from a bank, codes (B, h, w)."""
+        """Return equation 7 for uint8 images (B, 3, H, W), bool masks (B, h, w) and, from a bank, codes (B, h, w)."""
         if "probe" in batch:
             return StageOutput(None, {}, rows={"features": self._probed(batch["image"])})
         mask, M = batch["mask"], self.config.mask.num_masked
@@ -123,9 +123,9 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures, rows)
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
-        """Return the accuracy in percent of the most frequent code of each position, on at most 2,000 images.
+        """Return the accuracy in percent of predicting each position's most frequent code, on at most 2,000 images.
 
-        A model whose accuracy is not above it has learned only where codes occur (`pecobook.analysis.position`).
+        A model that is not more accurate has learned only where codes occur (`pecobook.analysis.position`).
         """
         if "codes" not in rows:
             return {}
@@ -136,7 +136,7 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
     def _probed(self, images: Tensor) -> Tensor:
         """Return the features (B, F) of uint8 images (B, 3, S, S): the mean of the patches at 3/4 of the depth.
 
-        The best layer of a masked image model lies in its middle, since the last ones serve the prediction.
+        A masked image model's best layer lies in the middle, since the last layers serve the prediction.
         """
         layers = list(layer_features(self.model.backbone, self.normalise(to_float(images)), False).values())
         return layers[max(len(layers) - 2, 0)].float()
@@ -165,7 +165,7 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
         return 0 if self.bank is None else self.bank.num_views
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the backbone as a plain timm network, and mim.safetensors with all other weights: mask token, head."""
+        """Write the backbone as a plain timm network, and mim.safetensors with the other weights: mask token, head."""
         model = submodule_state(state, "model")
         write_tensors(folder / "mim.safetensors", {n: v for n, v in model.items() if not n.startswith("backbone.")})
         weights, args = unshare_positions(submodule_state(model, "backbone"), backbone_args(self.config))
@@ -182,12 +182,12 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
 
     @functools.cached_property
     def exported_pooling(self) -> tuple[dict[str, Any], bool]:
-        """Result of `exported_pooling` for the network of this stage."""
+        """The result of `exported_pooling` for this stage's network."""
         return exported_pooling(self.model.backbone, self.config)
 
     @classmethod
     def check(cls, config: PretrainConfig) -> PretrainStage:
-        """Build the stage with random weights. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the stage with random weights. Raises PecobookError for unusable settings or weights."""
         if config.target == "tokens" and not config.tokenizer:
             raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
         stage = cls(config)
@@ -206,7 +206,7 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
 
     @classmethod
     def check_data(cls, config: PretrainConfig, splits: Splits) -> None:
-        """Raise DataError if the token bank was made of other images than `--data`."""
+        """Raise DataError if the token bank was made from images other than those of `--data`."""
         if not config.tokens:
             return
         bank_config = read_bank_config(Path(config.tokens))
@@ -224,12 +224,12 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
 
     @classmethod
     def view(cls, config: PretrainConfig) -> ViewFunction:
-        """Return the function that takes a random crop of an image, and the draws of its colour changes."""
+        """Return the function that takes a random crop of an image and draws its colour augmentation."""
         return NamedViews.of(config).train
 
     @classmethod
     def probe_view(cls, config: PretrainConfig) -> ViewFunction:
-        """Return the function that takes the central crop of an image, without colour changes."""
+        """Return the function that takes the central crop of an image, without colour augmentation."""
         return partial(central_view, size=config.image_size)
 
     @classmethod
@@ -242,7 +242,7 @@ class PretrainStage(Normalised, Stage[PretrainConfig]):
 
 
 def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> MaskedImageModel | VisibleOnlyModel:
-    """Build the masked image model that the settings name, with `size` outputs for each masked patch."""
+    """Build the masked image model that the settings name, with `size` outputs per masked patch."""
     if config.visible_only:
         return VisibleOnlyModel(backbone, size, config.decoder)
     return MaskedImageModel(backbone, size)
@@ -255,7 +255,7 @@ def encode_views(tokenizer: Any, images: Tensor, size: int) -> Tensor:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Resize square images, bicubic and antialiased, and clamp them to [0, 1]."""
+    """Resize square images (bicubic, antialiased), and clamp them to [0, 1]."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
@@ -287,7 +287,7 @@ def exported_pooling(backbone: nn.Module, config: PretrainConfig) -> tuple[dict[
         arguments of timm.create_model, and whether the last norm is called `fc_norm` there and `norm` in `backbone`.
 
     Raises:
-        WeightsError: timm's network cannot pool the mean of its patches.
+        WeightsError: the timm network cannot pool the mean of its patches.
     """
     pool = getattr(backbone, "global_pool", "")
     pooling = {"global_pool": "avg"} if pool in ("avg", "token") else {}

@@ -1,4 +1,4 @@
-"""Semantic segmentation: UperNet on the pyramid of a backbone, trained on crops (PeCo, supplement; BEiT's recipe)."""
+"""Semantic segmentation: UperNet on a backbone's pyramid, trained on crops (PeCo, supplement; BEiT's recipe)."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ class SegmentStage(Stage[SegmentConfig]):
         return StageOutput(loss, metrics)
 
     def loss_count(self, batch: Batch) -> Tensor:
-        """Return the number of counted pixels, over which the losses and the accuracy are means."""
+        """Return the number of counted pixels, over which the losses and the accuracy are averaged."""
         return (batch["mask"] != IGNORE).sum()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # every picture may have another shape
     def _evaluate(self, batch: Batch) -> StageOutput:
         """Count the pixels of each class and prediction.
 
-        The batch holds for each image one picture uint8 (3, h, w) for each of `--test.scales`, one after the other, and
-        a mask int16 (H, W).
+        The batch holds, for each image, one picture uint8 (3, h, w) per entry of `--test.scales`, one after the other,
+        and a mask int16 (H, W).
         """
         num_scales, count = len(self.config.test.scales), len(self.classes)
         total = torch.zeros(1, count, count, dtype=torch.int64, device=batch["images"][0].device)
@@ -148,7 +148,7 @@ class SegmentStage(Stage[SegmentConfig]):
     def open(cls, config: SegmentConfig) -> Splits:
         """Open the pairs of images and masks, and check every pair unless `--no-verify` is given.
 
-        Pairs that cannot be read are left out, and with `--skip-bad` pairs whose image and mask do not fit.
+        Unreadable pairs are left out and, with `--skip-bad`, also pairs whose image and mask do not match.
         """
         if not config.data:
             raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
@@ -195,7 +195,7 @@ class SegmentStage(Stage[SegmentConfig]):
 
     @classmethod
     def check(cls, config: SegmentConfig) -> tuple[FeaturePyramid, Backbone]:
-        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the pyramid and its backbone. Raises PecobookError for unusable settings or weights."""
         if config.strategy == "fsdp" and config.test.mode == "slide" and total_devices(config) > 1:
             raise ConfigError(
                 "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
@@ -228,7 +228,7 @@ class SegmentStage(Stage[SegmentConfig]):
 
     @classmethod
     def evaluation_view(cls, config: SegmentConfig) -> ViewFunction:
-        """Return the function that resizes a held-out image to the sizes of the test."""
+        """Return the function that resizes a held-out image to the test sizes."""
         return partial(_held_out_view, size=config.image_size, test=config.test)
 
 
@@ -243,14 +243,14 @@ def _loss(logits: Tensor, truth: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 
 
 def _sample_pictures(image: Tensor, truth: Tensor, predicted: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the image, the image under its true classes, and under the predicted ones: float (3, side, side) each."""
+    """Return the image, then the image overlaid with its true and its predicted classes: float (3, side, side) each."""
     resized = resize(image.cpu(), side, side)
     overlays = [overlay(resized, resize_mask(classes.cpu(), side, side)) for classes in (truth, predicted)]
     return to_float(resized), to_float(overlays[0]), to_float(overlays[1])
 
 
 def _min_batch_size(config: SegmentConfig) -> int:
-    """Return the smallest batch of a device: UperNet normalises over the batch, of all GPUs if there are several."""
+    """Return a device's smallest batch: UperNet normalises over the batch, of all GPUs if there are several."""
     return 1 if torch.cuda.is_available() and total_devices(config) > 1 else 2
 
 
@@ -262,5 +262,5 @@ def _held_out_view(
     size: int,
     test: SegmentTestConfig,
 ) -> dict[str, list[Tensor]]:
-    """Resize a held-out image to the sizes of the test, and keep its mask; both in lists, since sizes differ."""
+    """Resize a held-out image to the test sizes, and keep its mask; both in lists, since sizes differ."""
     return {"images": rescaled_images(image, size, test), "masks": [mask]}

@@ -1,4 +1,4 @@
-"""Train any stage: check everything, make the run folder, train, export."""
+"""Train any stage: check everything, create the run folder, train, export."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ from pecobook.utils.printer import doing, of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
 _LISTED = 6
-"""Settings that the line on the recipe names; config.diff has all."""
+"""Number of settings that the line on the recipe names; config.diff has all."""
 _NO_TENSORBOARD = "metrics.jsonl and curves.png; TensorBoard's event files need pip install 'pecobook[tensorboard]'"
 
 
 def train(stage_type: type[Stage[C]], config: C, recipe: str = "") -> Path:
-    """Train a stage from its settings to its export; returns the run folder, which a dry run does not make.
+    """Train a stage from its settings to its export; return the run folder, which a dry run does not create.
 
-    `recipe` names the recipe with which the settings are compared; empty compares nothing.
+    `recipe` names the recipe that the settings are compared with; if empty, nothing is compared.
 
     Raises:
-        PreflightError: all problems found before the run folder was made.
+        PreflightError: all problems found before the run folder was created.
         PecobookError: an error during the run.
     """
     if config.dry_run:
@@ -93,7 +93,7 @@ def train(stage_type: type[Stage[C]], config: C, recipe: str = "") -> Path:
 
 
 class Ready(NamedTuple, Generic[C]):
-    """The checked parts of a run, before its folder is made."""
+    """The checked parts of a run, before its folder is created."""
 
     config: C
     """The settings, with the resolved precision."""
@@ -176,7 +176,7 @@ def _preamble(ready: Ready[Any], recipe: str) -> list[str]:
 
 
 def _rates_of_random_weights(config: TrainConfig) -> list[str]:
-    """Return a line on the learning rates of a network with random weights, else nothing."""
+    """Return a line on the learning rates of a network with random weights, or nothing."""
     if getattr(config, "weights", "") != "random":
         return []
     if config.optim.layer_decay == 1:
@@ -186,7 +186,7 @@ def _rates_of_random_weights(config: TrainConfig) -> list[str]:
 
 
 def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
-    """Print the settings to standard output, and what the run would learn from and cost to standard error."""
+    """Print the settings to standard output, and to standard error what the run would learn from and cost."""
     config, splits, stage, _ = ready
     show(json.dumps(stored_settings(config, stage_type.command, recipe), indent=2), stdout=True)
     preamble = _preamble(ready, recipe)

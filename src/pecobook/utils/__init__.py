@@ -1,1 +1,1 @@
-"""Helpers for all other packages: processes, devices, files, sizes of images."""
+"""Helpers for all other packages: processes, devices, files, image sizes."""

@@ -1,11 +1,11 @@
 """Object detection: Mask R-CNN (arXiv 1703.06870) on a feature pyramid, or Faster R-CNN without masks.
 
-The components are torchvision's, with three differences from torchvision's models. Anchors and the choice of a level
-follow the pyramid's strides, which torchvision would estimate from shapes and round to powers of two. Boxes and losses
-are float32 under any autocast, since bfloat16 cannot distinguish pixels 1,001 and 1,004. Masks stay 28 x 28 until a
-caller requests a larger size; they are then pasted with sub-pixel accuracy at the position where they were learned.
+The components are torchvision's, with three differences from its models. Anchors and the choice of level follow the
+pyramid's strides, which torchvision would estimate from shapes and round to powers of two. Boxes and losses are float32
+under any autocast, since bfloat16 cannot distinguish pixels 1,001 and 1,004. Masks stay 28 x 28 until a caller requests
+a larger size; they are then pasted with sub-pixel accuracy where they were learned.
 
-B images, C classes, n objects, D detections of an image; boxes are left, top, right, bottom in pixels.
+B images, C classes, n objects, D detections per image; boxes are left, top, right, bottom in pixels.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Detections:
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[Tensor]:
-    """Resize masks (n, 28, 28) to their boxes and paste them on an image; yields one bool (height, width) each.
+    """Resize masks (n, 28, 28) to their boxes and paste them into an image; yields one bool (height, width) each.
 
     A pixel is inside if the mask, interpolated at the pixel's centre, is above 0.5. (torchvision's pasting shifts and
     enlarges masks by up to a pixel, which reduces the overlap of small objects by a tenth.)
@@ -113,7 +113,7 @@ class Detector(Normalised, Exported):
         classes: names of the classes.
         category_ids: ids of the classes in the annotations.
         masks: whether the detector also predicts masks.
-        sides: short side to which `predict` resizes images, and maximum of the long side, pixels.
+        sides: short side that `predict` resizes images to, and maximum of the long side, in pixels.
         config: settings of the heads.
     """
 
@@ -145,10 +145,10 @@ class Detector(Normalised, Exported):
 
         Args:
             images: uint8 (3, h, w) each.
-            targets: for each image boxes float (n, 4), labels int64 (n,) and masks uint8 (n, h, w); in training only.
+            targets: boxes float (n, 4), labels int64 (n,) and masks uint8 (n, h, w) for each image; only in training.
 
         Returns:
-            losses, () each, by name; or the `Detections` of each image, in pixels of the image.
+            losses by name, () each; or the `Detections` of each image, in pixels of the image.
         """
         batch = self.pad_to_batch(images)
         if targets is not None and self.has_masks:
@@ -167,7 +167,7 @@ class Detector(Normalised, Exported):
         ]
 
     def pad_to_batch(self, images: list[Tensor]) -> Any:
-        """Normalise images and pad them with zeros at the right and bottom, to a multiple of the largest stride."""
+        """Normalise images and zero-pad them at the right and bottom to a multiple of the largest stride."""
         stride = int(self.pyramid.strides[-1])
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
         height, width = (-(-max(side) // stride) * stride for side in zip(*sizes, strict=True))
@@ -178,7 +178,7 @@ class Detector(Normalised, Exported):
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Detections:
-        """Detect objects on an image uint8 (3, H, W).
+        """Detect objects in an image uint8 (3, H, W).
 
         The detector must be in evaluation mode.
 
@@ -269,7 +269,7 @@ def _build_proposal_network(strides: tuple[float, ...], config: DetectorConfig) 
 
 
 def _build_heads(strides: tuple[float, ...], num_classes: int, masks: bool, config: DetectorConfig) -> nn.Module:
-    """Build the heads for class, box and mask of every region; `num_classes` includes the background."""
+    """Build the heads for the class, box and mask of every region; `num_classes` includes the background."""
     width, mask_layers = config.width, {}
     if masks:
         mask_layers = {
@@ -295,7 +295,7 @@ def _build_heads(strides: tuple[float, ...], num_classes: int, masks: bool, conf
 
 
 def _roi_align(strides: tuple[float, ...], side: int) -> Any:
-    """Build a RoIAlign that chooses the level by the size of a box (arXiv 1612.03144, eq. 1), with fixed scales."""
+    """Build a RoIAlign that chooses the level by box size (arXiv 1612.03144, eq. 1), with fixed scales."""
     pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], side, sampling_ratio=2)
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = LevelMapper(0, len(strides) - 1, canonical_scale=_CANONICAL * strides[2], canonical_level=2)

@@ -1,13 +1,13 @@
 """Feature pyramids for segmentation and detection: four feature maps of a backbone at four strides, for any image size.
 
-A ViT has one resolution, so the outputs of the blocks at a third, half, two thirds and the end of the depth (4, 6, 8,
-12 of 12) are upsampled fourfold, upsampled twofold, kept, and downsampled twofold (PeCo, supplement; BEiT's
-arrangement). For a convolutional network, the pyramid consists of the last four stages.
+A ViT has a single resolution, so the outputs of the blocks at a third, half, two thirds and the end of the depth (4, 6,
+8, 12 of 12) are upsampled fourfold, upsampled twofold, kept, and downsampled twofold (PeCo, supplement; BEiT's
+arrangement). For a convolutional network, the pyramid consists of its last four stages.
 
 Positions at image sizes other than the backbone's native size: absolute positions are interpolated (bicubic) for each
-image. Tables of relative positions are resized once, by BEiT's geometric scheme, to the grid of `image_size`; smaller
-or narrower images read the part of the table that they need, and offsets outside the table read the entry of the
-farthest offset. At the native size, positions are not changed.
+image. Tables of relative positions are resized once, with BEiT's geometric scheme, to the grid of `image_size`; smaller
+or narrower images read the part of the table that they need, and offsets outside the table use the entry of the
+farthest offset. At the native size, positions are unchanged.
 
 With `window`, most blocks attend within windows of patches, and the last block of each quarter attends over all patches
 (ViTDet, arXiv 2203.16527), so the cost grows linearly with the image area instead of quadratically. Class tokens are
@@ -43,11 +43,11 @@ class FeaturePyramid(nn.Module):
 
     Args:
         backbone: a timm network without a head, loaded with `any_size` (see `build_pyramid`).
-        image_size: typical side of the input images, pixels; larger images and other shapes are also possible.
+        image_size: typical side of the input images, in pixels; larger images and other shapes also work.
         config: attention windows, gradient checkpointing, and whether the backbone is frozen.
 
     Raises:
-        WeightsError: the backbone has no maps at four strides, or its blocks cannot attend in windows.
+        WeightsError: the backbone has no maps at four strides, or its blocks cannot use attention windows.
     """
 
     def __init__(self, backbone: nn.Module, image_size: int, config: PyramidConfig = PyramidConfig()) -> None:
@@ -261,7 +261,7 @@ _REMEDY = "Choose another network, such as a ViT, BEiT, ResNet, ConvNeXt or Swin
 
 
 def _pyramid_on(backbone: Backbone, spec: str, image_size: int, config: PyramidConfig) -> FeaturePyramid:
-    """Build a pyramid on a backbone, in training mode, and try it. Raises WeightsError that names `spec`."""
+    """Build a pyramid on a backbone, in training mode, and test it. Raises a WeightsError that names `spec`."""
     with refusing(spec, "form a pyramid for images of any size", _REMEDY):  # some networks take one size only
         pyramid = FeaturePyramid(backbone.network, image_size, config)
         side = 2 * int(pyramid.strides[-1])
@@ -278,7 +278,7 @@ def _pyramid_on(backbone: Backbone, spec: str, image_size: int, config: PyramidC
 
 
 def build_pyramid(config: SegmentConfig | DetectConfig) -> tuple[FeaturePyramid, Backbone]:
-    """Load a backbone and build a pyramid on it; that of `--init` has random weights here, which `start_dense` loads.
+    """Load a backbone and build a pyramid on it; with `--init` its weights stay random until `start_dense` loads them.
 
     Returns:
         the pyramid in training mode, and the backbone with its name, arguments and expected input.

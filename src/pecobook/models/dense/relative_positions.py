@@ -1,4 +1,4 @@
-"""BEiT's relative positions on grids other than those of its pre-training."""
+"""BEiT's relative positions on grids other than the pre-training grid."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class RelativePositions:
 
     Args:
         network: timm's BEiT.
-        windowed: for each block, whether it attends in windows.
-        window: side of the windows, patches; 0 without windows.
-        native_grid: rows and columns of patches for which the network was built.
+        windowed: for each block, whether it uses attention windows.
+        window: side of the windows, in patches; 0 without windows.
+        native_grid: rows and columns of patches that the network was built for.
         side: rows and columns of patches of typical images.
     """
 
@@ -72,7 +72,7 @@ def relative_position_index(
     """Return the index of each token pair's bias in the table of a grid of size `table`: int64 (1 + h w, 1 + h w).
 
     Token 0 is the class token; its three entries (to it, from it, to itself) are at the end of the table. Offsets
-    outside the table read the entry of the farthest offset.
+    outside the table use the entry of the farthest offset.
     """
     (h, w), (rows, columns) = grid, table
     coordinates = torch.stack(

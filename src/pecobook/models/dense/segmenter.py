@@ -1,6 +1,6 @@
 """Semantic segmentation: UperNet (Xiao et al., arXiv 1807.10221) on a feature pyramid, and inference on whole images.
 
-The head follows mmsegmentation, which BEiT and PeCo use: pyramid pooling of the coarsest map to 1, 2, 3 and 6 cells a
+The head follows mmsegmentation, which BEiT and PeCo use: pyramid pooling of the coarsest map to 1, 2, 3 and 6 cells per
 side, a top-down pyramid, and the concatenation of all four levels; in training also a small convolutional head on the
 third level (weight 0.4). transformers' `BeitForSemanticSegmentation` computes the same function.
 
@@ -26,7 +26,7 @@ MAX_SCORES = 50_000_000  # number of interpolated scores that are stored at once
 
 
 def conv_norm_relu(channels: int, width: int, size: int) -> nn.Sequential:
-    """Build a convolution without bias, batch normalisation and ReLU; `size` is the side of the kernel."""
+    """Build a bias-free convolution, batch normalisation and ReLU; `size` is the side of the kernel."""
     return nn.Sequential(
         nn.Conv2d(channels, width, size, padding=size // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
     )
@@ -91,7 +91,7 @@ class Segmenter(Normalised, Exported):
 
     Args:
         pyramid: the feature pyramid.
-        pyramid_settings: result of `describe_pyramid` for the pyramid; among others the side of the square training
+        pyramid_settings: result of `describe_pyramid` for the pyramid, including the side of the square training
             images, and the mean and standard deviation that normalise images.
         classes: names of the classes.
         config: settings of the heads.
@@ -153,7 +153,7 @@ class Segmenter(Normalised, Exported):
 
     @classmethod
     def is_exported(cls, name: str) -> bool:
-        """Return whether an export includes the weight of this name: all but those of the auxiliary head."""
+        """Return whether an export includes the weight of this name: all except those of the auxiliary head."""
         return not name.startswith("auxiliary.")
 
     def loading_code(self, source: str) -> str:
@@ -222,7 +222,7 @@ print({{model.classes[number]: int((classes == number).sum()) for number in clas
 
 
 def rescaled_images(image: Tensor, side: int, test_config: SegmentTestConfig) -> list[Tensor]:
-    """Resize an image uint8 (3, H, W) to every scale of the test: (3, h_i, w_i), each computed from the original."""
+    """Resize an image uint8 (3, H, W) to every test scale: (3, h_i, w_i), each computed from the original."""
     height, width = int(image.shape[1]), int(image.shape[2])
     sizes = [fitted_size(height, width, side * factor, test_config.max_side * factor) for factor in test_config.scales]
     return [resize(image, *size) for size in sizes]
@@ -231,7 +231,7 @@ def rescaled_images(image: Tensor, side: int, test_config: SegmentTestConfig) ->
 def best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the class with the highest score at every pixel: scores (C, h, w) to int64 (*size).
 
-    Interpolates a few classes at a time: all 150 classes of a 12-megapixel photograph would take 14 GB.
+    A few classes are interpolated at a time: all 150 classes of a 12-megapixel photograph would take 14 GB.
     """
     step = max(MAX_SCORES // max(size[0] * size[1], 1), 1)
     best = scores.new_full(size, -torch.inf)
