@@ -1,4 +1,4 @@
-"""What the micro-batches of a step need to know of each other, so that they teach what one batch would."""
+"""Information shared between the micro-batches of a step, so that they have the same effect as one batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pecobook.utils.distributed import mean_over_ranks
 
 
 def micro_batches(stage: Any, model: Any, batches: Iterator[Batch], seed: Callable[[int], None]) -> Iterable[Batch]:
-    """Return a step's micro-batches, read one by one, or those of `look_ahead` where the stage needs keys of all."""
+    """Return a step's micro-batches, read one by one, or those of `look_ahead` if the stage needs all images' keys."""
     if not stage.needs_full_batch_keys:
         return batches
     step_batches = list(batches)
@@ -25,11 +25,11 @@ def micro_batches(stage: Any, model: Any, batches: Iterator[Batch], seed: Callab
 def loss_weights(
     stage: Any, batches: Iterator[Batch], count: int, world_size: int
 ) -> tuple[Iterator[Batch], list[Tensor | None]]:
-    """Return the micro-batches of a step and a weight () of each one's loss; the mean over all ranks is 1.
+    """Return the micro-batches of a step and a weight () for each one's loss; the mean over all ranks is 1.
 
     A loss that is a mean over, say, counted pixels is weighted by their share, so that `count` micro-batches on
-    `world_size` ranks give the loss and the gradient of one batch. Without such a count (`Stage.loss_count`), or with
-    one micro-batch in all, the weights are None and the batches are read one by one.
+    `world_size` ranks give the loss and the gradient of one batch. Without such a count (`Stage.loss_count`), or with a
+    single micro-batch in total, the weights are None and the batches are read one by one.
     """
     if count * world_size == 1:
         return batches, [None]
@@ -56,7 +56,7 @@ def look_ahead(
         model: returns rows of a batch marked as `ahead`.
         batches: count micro-batches of tensors (B, ...), on the model's device.
         seed: called with the number of each forward pass before that pass.
-        after: called with the rows, may take some away; returns whether to compute further rows with another look.
+        after: called with the rows, which it may consume; returns whether to compute further rows with another pass.
     """
     tensors = [cast("dict[str, Tensor]", batch) for batch in batches]
     size = len(next(iter(tensors[0].values())))
@@ -71,9 +71,9 @@ def look_ahead(
 def _rows_of_all(model: Any, batches: list[dict[str, Tensor]], seed: Callable[[int], None]) -> dict[str, Tensor]:
     """Return rows (count x B, ...) in the order of the images.
 
-    Each forward pass takes every count-th image of the step. BatchNorm mixes statistics of the images of one pass, so
-    passes of whole micro-batches would let the loss recognise images of the same micro-batch: MoCo's shuffled BatchNorm
-    (arXiv 1911.05722, section 3.3).
+    Each forward pass takes every count-th image of the step. BatchNorm mixes the statistics of the images of one pass,
+    so passes over whole micro-batches would let the loss recognise images of the same micro-batch: MoCo's shuffled
+    BatchNorm (arXiv 1911.05722, section 3.3).
     """
     step_batch = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     first = next(iter(step_batch.values()))

@@ -1,4 +1,4 @@
-"""Attention that trains fast, in place of PyTorch's: under autocast, on a CPU and on a GPU."""
+"""Attention that trains faster than PyTorch's under autocast, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _is_used = False
 
 @contextmanager
 def trainable_attention(device: torch.device, kernel: AttentionKernel = "sdpa") -> Iterator[None]:
-    """Compute attention under autocast in fp32 on a CPU, and by `kernel` on a GPU.
+    """Compute attention under autocast in fp32 on a CPU, and with `kernel` on a GPU.
 
-    The backward pass of PyTorch's fused attention for CPUs takes two to 25 times as long in bfloat16 as in fp32 (the
-    fewer tokens, the more), so a small ViT would train at half its speed or less. On a GPU `kernel` "triton" computes
-    attention under a bias that learns by `pecobook.models.attention_triton`; other attention stays PyTorch's. The
-    context must enclose the backward pass too, because checkpointed blocks run again there.
+    The backward pass of PyTorch's fused attention for CPUs takes two to 25 times as long in bfloat16 as in fp32 (more
+    with fewer tokens), so a small ViT would train at half its speed or less. On a GPU, `kernel` "triton" computes
+    attention with a learned bias using `pecobook.models.attention_triton`; other attention stays PyTorch's. The context
+    must also enclose the backward pass, because checkpointed blocks run again there.
     """
     rules = {"cpu": _in_fp32} if kernel == "sdpa" else {"cpu": _in_fp32, "cuda": _in_triton}
     if os.environ.get("TRITON_INTERPRET") == "1" and kernel == "triton":  # Triton's interpreter, which needs no GPU
@@ -42,7 +42,7 @@ def trainable_attention(device: torch.device, kernel: AttentionKernel = "sdpa") 
 
 
 def idle_kernel(kernel: AttentionKernel) -> str:
-    """Return a warning if `kernel` is ours and has computed nothing yet in this process; an empty text otherwise."""
+    """Return a warning if `kernel` is ours and has not been used yet in this process; otherwise an empty string."""
     if kernel == "sdpa" or _is_used:
         return ""
     return (
@@ -65,7 +65,7 @@ def _in_triton(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Replace PyTorch's autocast rule for attention on GPUs where our kernel computes it."""
+    """Replace PyTorch's autocast rule for attention on GPUs wherever our kernel can compute it."""
     global _is_used
     from pecobook.models.attention_triton import biased_attention, takes
 
@@ -83,7 +83,7 @@ def _in_triton(
 
 
 def _attend(place: str, dtype: torch.dtype, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Compute attention by PyTorch in `dtype`; the result has the type of autocast."""
+    """Compute attention with PyTorch in `dtype`; the result has the autocast type."""
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,8 +1,8 @@
-"""Checkpoints: weights, optimizer state and one integer, in one file that is either complete or absent.
+"""Checkpoints: weights, optimizer state and one integer, in a file that is either complete or absent.
 
 `checkpoints/step-00001000/state.pt` is written under a temporary folder name, flushed and renamed; the last k are kept.
-Beside it lies its checksum, which is verified when the checkpoint is loaded. The file holds full tensors whatever the
-strategy, so a run may resume on another number of devices. In fp16 the file also holds the loss scale.
+Its checksum is stored next to it and verified on loading. The file holds full tensors whatever the strategy, so a run
+can resume on another number of devices. In fp16 the file also holds the loss scale.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def save(
     All ranks call this; rank 0 writes.
 
     Raises:
-        RunFolderError: on all ranks, when the checkpoint cannot be written.
+        RunFolderError: on all ranks, if the checkpoint cannot be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(stage, optimizer, options=options)
@@ -65,7 +65,7 @@ def save(
 
 
 def delete_old(folder: Path, keep: int, always: int = 0) -> None:
-    """Delete all checkpoints but the last `keep` and that of step `always`, also what a kill has left of an older."""
+    """Delete all checkpoints, also partly deleted ones, except the last `keep` and that of step `always`."""
     kept = [_name(step) for step in steps(folder)[-keep:]]
     for path in folder.glob("step-*"):
         if path.name.removeprefix("step-").isdigit() and kept and path.name < kept[0] and path.name != _name(always):
@@ -79,7 +79,7 @@ def delete_after(folder: Path, step: int) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete one checkpoint, but no file of a user in its folder."""
+    """Delete one checkpoint, but none of the user's files in its folder."""
     for name in ("state.pt", "state.pt.sha256"):
         (path / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -110,10 +110,10 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, precision: Stateful | None = None) -> int:
-    """Load the newest whole checkpoint into `stage` and `optimizer`; return its step, or 0 when there is none.
+    """Load the newest intact checkpoint into `stage` and `optimizer`; return its step, or 0 if there is none.
 
-    A checkpoint that differs from its checksum is set aside under the name `step-00001000.damaged`, with a message on
-    stderr, and the checkpoint before it is loaded. All ranks call this.
+    A checkpoint that does not match its checksum is renamed to `step-00001000.damaged`, with a message on stderr, and
+    the one before it is loaded. All ranks call this.
 
     Raises:
         RunFolderError: all checkpoints are damaged, or the newest belongs to another model.
@@ -138,7 +138,7 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, pr
 
 
 def _newest_whole(folder: Path) -> int:
-    """Return the step of the newest checkpoint that is as it was written, or 0 without a checkpoint."""
+    """Return the step of the newest intact checkpoint, or 0 if there is no checkpoint."""
     saved_steps = steps(folder)
     for step in reversed(saved_steps):
         sentence = damage([folder / _name(step) / "state.pt"])

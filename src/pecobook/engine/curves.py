@@ -1,4 +1,4 @@
-"""The picture curves.png of a run folder, renewed while the run trains."""
+"""The picture curves.png of a run folder, updated while the run trains."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Draw: TypeAlias = Callable[[Path], bytes]
 """Draws the picture of a metrics.jsonl as PNG; the result is empty while there is nothing to draw."""
 
 _RATIO = 100
-"""Shortest time between two drawings, in multiples of the time that the last drawing took."""
+"""Shortest time between two drawings, as a multiple of the time that the last one took."""
 _FIRST_COST = 3.0
 """Seconds that the first drawing may take, which also imports the library."""
 
 
 class Curves(Sink):
-    """Draw curves.png after evaluations and with checkpoints, in at most a hundredth of the time, and at the end.
+    """Draw curves.png after evaluations and with checkpoints, using at most a hundredth of the time, and at the end.
 
-    The picture is drawn from metrics.jsonl, so that it also has the steps before a resume. An error leaves the run as
-    it is and is said once.
+    The picture is drawn from metrics.jsonl, so that it includes the steps before a resume. An error does not affect the
+    run and is reported once.
     """
 
     def __init__(self, folder: Path, draw: Draw) -> None:
@@ -36,13 +36,13 @@ class Curves(Sink):
         self._failed = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002
-        """Renew the picture after an evaluation; this logger comes after that of metrics.jsonl."""
+        """Redraw the picture after an evaluation; this logger comes after that of metrics.jsonl."""
         self._outdated = True
         if evaluation_of(metrics):
             self.flush()
 
     def flush(self) -> None:
-        """Renew the picture if the last drawing was long enough ago."""
+        """Redraw the picture if the last drawing was long enough ago."""
         if time.monotonic() - self._drawn_at >= _RATIO * self._cost:
             self.close()
 

@@ -13,18 +13,18 @@ from pecobook.errors import DataError, RunFolderError
 def compare_data(
     folder: Path, now: Record, *, data: str, of: str, accept: bool, may_accept: bool = True
 ) -> tuple[list[str], Record | None]:
-    """Compare the data with the record in a folder that is continued.
+    """Compare the data with the record in a folder that is being resumed.
 
     Args:
         folder: the run folder or token bank.
-        now: the present record.
+        now: the current record.
         data: the value of --data.
         of: "the run" or "the token bank".
         accept: whether the data may have changed (--accept-data-change).
-        may_accept: whether other names than those recorded can be accepted.
+        may_accept: whether names other than those recorded can be accepted.
 
     Returns:
-        sentences for the user, and the record to write into the folder, or None where it holds the same.
+        sentences for the user, and the record to write into the folder, or None if the folder already has the same.
 
     Raises:
         RunFolderError: the data have changed, and the change is not accepted.
@@ -46,13 +46,13 @@ def compare_data(
 
 
 def check_bank(bank: str, now: Record, *, data: str) -> list[str]:
-    """Return sentences on a token bank beside its images.
+    """Return sentences that compare a token bank with its images.
 
-    A bank of an earlier version has no record; its names were compared already. An image that could not be read then
-    stays left out, so it may have been repaired.
+    A bank of an earlier version has no record; its names were compared already. An image that could not be read at that
+    time stays left out, so it may have been repaired.
 
     Raises:
-        DataError: the images are not those of which the bank was made.
+        DataError: the images are not those that the bank was made from.
     """
     before = record.read(Path(bank))
     if before is None:

@@ -1,4 +1,4 @@
-"""What a run would cost in memory and time, from a part of one training step. Nothing is written."""
+"""What a run would cost in memory and time, measured on part of a training step. Nothing is written."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Measured(NamedTuple):
     """The measured part of a step on one device."""
 
     images: int
-    """Number of images of the largest forward and backward pass."""
+    """Number of images in the largest forward and backward pass."""
     read: float
-    """Seconds in which one process reads an image and makes its view."""
+    """Seconds that one process takes to read an image and make its view."""
     compute: float
-    """Seconds of forward and backward pass for each image."""
+    """Seconds of forward and backward pass per image."""
     update: float
-    """Seconds of the optimizer's step and of what the stage does after it."""
+    """Seconds of the optimizer step and of what the stage does after it."""
     weights: int
     """Bytes of all weights and buffers."""
     gradients: int
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
     optimizer: int
     """Bytes of the optimizer's state."""
     activations: int
-    """Bytes that the forward pass of all images that a device holds at once keeps for the backward pass."""
+    """Bytes that the forward pass over all images on a device keeps for the backward pass."""
     peak: int
     """Largest number of bytes that a GPU held; 0 on a CPU."""
 
@@ -57,7 +57,7 @@ def estimate(stage: Stage[Any], train: Stream, config: TrainConfig) -> Lines:
     """Return (topic, text) lines on memory and time, measured on this device. The stage's weights change.
 
     Raises:
-        PecobookError: the images of a step do not fit into the memory of the GPU.
+        PecobookError: the images of a step do not fit into GPU memory.
     """
     unit = train.source.unit
     try:
@@ -72,7 +72,7 @@ def estimate(stage: Stage[Any], train: Stream, config: TrainConfig) -> Lines:
 
 
 def measure(stage: Stage[Any], train: Stream, config: TrainConfig) -> Measured:
-    """Run forward and backward passes of ever more images, and one step of the optimizer, without writing anything."""
+    """Run forward and backward passes with increasing numbers of images, and one optimizer step; write nothing."""
     place, micro = device(), micro_batch_size(config)
     stage.to(place).train()
     optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=config.precision != "fp16")
@@ -111,11 +111,11 @@ def measure(stage: Stage[Any], train: Stream, config: TrainConfig) -> Measured:
 
 
 def _pass(stage: Stage[Any], train: Stream, count: int, *, keep: bool = False) -> tuple[float, float, int]:
-    """Take one forward and backward pass of `count` images.
+    """Run one forward and backward pass on `count` images.
 
     Returns:
-        the seconds of reading, the seconds of computing, and with `keep` the bytes of the tensors that the forward pass
-        keeps for the backward pass, beside the weights.
+        the seconds of reading, the seconds of computing, and with `keep` the bytes of the tensors other than weights
+        that the forward pass keeps for the backward pass.
     """
     place = device()
     began = time.perf_counter()
@@ -148,12 +148,12 @@ def autocast(precision: str, place: torch.device) -> torch.autocast:
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of some tensors."""
+    """Return the total bytes of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _memory_text(measured: Measured, config: TrainConfig, available: int, unit: str = "images") -> str:
-    """Return what the parts of a step take on a device, and advice where that is more than `available` bytes."""
+    """Return the memory of each part of a step on a device, and advice if it exceeds `available` bytes."""
     micro, devices = micro_batch_size(config), total_devices(config)
     shards = devices if config.strategy == "fsdp" else 1
     parts = {
@@ -201,7 +201,7 @@ def size_text(size: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a short duration with two digits: 3.4 ms, 120 ms, 2.5 s; from a minute on as `compact_duration`."""
+    """Return a short duration with two digits: 3.4 ms, 120 ms, 2.5 s; from a minute on like `compact_duration`."""
     if seconds >= 60:
         return compact_duration(seconds)
     number, unit = (seconds, "s") if seconds >= 1 else (1000 * seconds, "ms")

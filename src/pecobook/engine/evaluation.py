@@ -1,8 +1,8 @@
 """Evaluation during training: means of metrics over held-out images, pictures, and metrics of gathered rows.
 
-A stage in evaluation mode may return rows, one for each image (codes, features). The rows are gathered over batches and
-ranks, and so are the rows of some training images where the stage compares with those. `Stage.summarise` turns the rows
-into metrics.
+A stage in evaluation mode may return rows, one per image (codes, features). They are gathered over batches and ranks,
+together with the rows of some training images if the stage compares with those. `Stage.summarise` turns the rows into
+metrics.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_WITHOUT_WORKERS = 2048  # images of a rank
 
 
 class Evaluation(NamedTuple):
-    """Results of one evaluation: metrics and rows are equal on all ranks, pictures and skipped images are not."""
+    """Results of one evaluation. Metrics and rows are equal on all ranks; pictures and skipped images are not."""
 
     metrics: dict[str, float]
     """Names begin with `evaluation/`."""
@@ -63,9 +63,9 @@ def evaluate(
         held_out: images to evaluate on.
         reference: training images that the stage compares with, or None.
         num_images: largest number of held-out images to evaluate.
-        batch_size: largest number of images at once on a device.
-        seed: seed of the random numbers in a forward pass.
-        workers: data-loading processes; they are not started for a few images.
+        batch_size: largest number of images on a device at once.
+        seed: seed of the random numbers in the forward pass.
+        workers: number of data-loading processes; none are started for a few images.
     """
     model.eval()
     options = {"batch_size": batch_size, "seed": seed, "workers": workers}
@@ -91,13 +91,13 @@ class _StreamResult(NamedTuple):
 def _evaluate_stream(
     fabric: Fabric, model: Any, stream: Stream, *, num_images: int, batch_size: int, seed: int, workers: int
 ) -> _StreamResult:
-    """Return means of metrics over this rank's images, and rows of all ranks, on the host, each image once.
+    """Return the mean metrics over this rank's images, and the rows of all ranks, on the host, one per image.
 
-    A metric that is absent in some batches is the mean over the images of the others.
+    A metric that is missing from some batches is averaged over the images of the others.
 
-    All ranks evaluate equally many images. Where the images do not divide evenly, the last ranks evaluate some images a
-    second time; an image that cannot be read is replaced by the next image. Both are marked as `repeated`: a stage
-    leaves them out of its means, the weight of a batch is the number of its other images, and their rows are dropped.
+    All ranks evaluate equally many images. If the images do not divide evenly, the last ranks evaluate some images
+    twice; an unreadable image is replaced by the next one. Both are marked as `repeated`: a stage leaves them out of
+    its means, a batch is weighted by the number of its other images, and their rows are dropped.
     """
     metrics: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
@@ -139,8 +139,8 @@ def rank_share(
 ) -> Iterator[Batch]:
     """Yield this rank's batches of the first `num_images` images, on the host; all ranks get equally many.
 
-    `repeated`, bool (B,), marks images that another rank has too, and those that replace one that cannot be read. Up to
-    `few` images of a rank are read without processes.
+    `repeated`, bool (B,), marks images that another rank has too, and those that replace an unreadable one. Up to `few`
+    images per rank are read without worker processes.
     """
     num_images = min(num_images, len(stream))
     count = -(-num_images // fabric.world_size)
@@ -153,7 +153,7 @@ def rank_share(
 
 
 def _rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
-    """Yield batches of the positions of this rank's `count` images; all ranks together read 0, 1, 2, ... in order."""
+    """Yield batches of positions for this rank's `count` images; all ranks together read 0, 1, 2, ... in order."""
     for begin in range(0, count, batch_size):
         size = min(batch_size, count - begin)
         first = begin * world_size + rank * size
@@ -173,7 +173,7 @@ def average_metrics(fabric: Fabric, metrics: dict[str, Tensor]) -> dict[str, flo
 
 
 def picture_grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
-    """Return one PNG with a row for each name and a column for each of the first images."""
+    """Return one PNG with a row per name and a column for each of the first images."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 

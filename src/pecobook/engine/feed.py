@@ -17,9 +17,10 @@ from pecobook.engine.speed import Speed
 
 
 class Feed(Iterator[Batch]):
-    """Moves batches to a device, and notes the time of waiting for them and what could not be read.
+    """Moves batches to a device, and records the time spent waiting for them and what could not be read.
 
-    To a GPU they go on a stream of their own. The process is ahead of the GPU, so the copy runs beside the step before.
+    A GPU gets them on a separate stream. The process runs ahead of the GPU, so the copy overlaps with the previous
+    step.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, speed: Speed, skipped: Skipped) -> None:

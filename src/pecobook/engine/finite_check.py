@@ -1,8 +1,8 @@
-"""Decisions that all ranks must share after a step: end when loss or gradient is not finite, or stop on a signal.
+"""Decisions that all ranks must share after a step: end if loss or gradient is not finite, or stop on a signal.
 
-On a CPU the answer is available at once. On a GPU the answer is copied in the background and read one step later, so
-that no step waits for the device: a step that is not finite is then reported after its optimizer step, and nothing is
-saved or measured before `wait` has read the answer.
+On a CPU the answer is available at once. On a GPU it is copied in the background and read one step later, so that no
+step waits for the device: a non-finite step is then reported after its optimizer step, and nothing is saved or measured
+before `wait` has read the answer.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class FiniteCheck:
             step: number of the step.
             loss: loss (), detached.
             norm: norm () of the gradient.
-            may_overflow: whether gradients may be infinite, as in fp16, whose scaler leaves out such steps.
+            may_overflow: whether gradients may be infinite, as in fp16, whose scaler skips such steps.
             stop: whether this rank received a signal to stop.
 
         Returns:
             Whether to stop after this step or, with `late`, after the previous step.
 
         Raises:
-            NonFiniteLossError: on all ranks, when any rank has a loss or gradient that is not finite.
+            NonFiniteLossError: on all ranks, if any rank has a loss or gradient that is not finite.
         """
         non_finite = ~loss.isfinite() if may_overflow else ~(loss.isfinite() & norm.isfinite())
         # Filled on the device: to copy a number from the host would wait for everything that runs on the device.

@@ -1,4 +1,4 @@
-"""The hook of a training: a function of the user's that is called after each optimizer step."""
+"""The training hook: a user's function that is called after each optimizer step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Step(NamedTuple):
-    """What `on_step` is told after an optimizer step."""
+    """The argument of `on_step`, which is called after an optimizer step."""
 
     number: int
     """Number of the step, from 1."""
@@ -18,8 +18,8 @@ class Step(NamedTuple):
     model: nn.Module
     """The stage, in training mode, with the weights after the step."""
     metrics: dict[str, float]
-    """What the step logged, such as `loss` and `lr`; empty for a step between logged ones (--log-every)."""
+    """The metrics that the step logged, such as `loss` and `lr`; empty between logged steps (--log-every)."""
 
 
 OnStep: TypeAlias = Callable[[Step], object]
-"""Called after each optimizer step; an error in it ends the run as an error of a step does."""
+"""Called after each optimizer step; an error in it ends the run just as an error in a step does."""

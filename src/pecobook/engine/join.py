@@ -1,7 +1,7 @@
-"""The processes of a run find each other, and all end in bounded time when one of them is lost.
+"""How the processes of a run find each other, and all end in bounded time if one of them is lost.
 
-torchrun keeps one store of addresses for all attempts, so that after a restart a process may read the address of one
-that was killed, and wait for it. Processes therefore agree on a new name for each attempt, under which they put theirs.
+torchrun keeps one address store for all attempts, so a restarted process may read the address of one that was killed,
+and wait for it. Processes therefore agree on a new name for each attempt, under which they put their addresses.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from pecobook.utils.distributed import world_size
 from pecobook.utils.printer import show
 
 _MEET = 600.0
-"""Seconds in which all processes must have come; on a large cluster they start minutes apart."""
+"""Seconds within which all processes must have arrived; on a large cluster they start minutes apart."""
 _MEET_STOPPED = 10.0
-"""Seconds that are left to the others after a signal to stop: nothing is lost yet."""
+"""Seconds that the others are given after a signal to stop: nothing is lost yet."""
 _TRY = timedelta(seconds=5)
 _CONNECT = timedelta(minutes=2)
 _COLLECTIVE = timedelta(minutes=30)
-"""Longest wait in a collective operation, as of Fabric."""
+"""Longest wait in a collective operation, the same as Fabric's."""
 _TIME_TO_END = (20.0, 60.0)
-"""Seconds in which this process notices that another was killed, and that another left, and ends by itself."""
+"""Seconds within which this process notices that another was killed, or that another left, and ends by itself."""
 _LOST = re.compile(r"gloo|nccl|connection (?:was )?(?:closed|reset|refused)|broken pipe|timed out waiting|socket", re.I)
 
 
@@ -48,8 +48,8 @@ def join(world: World, device: torch.device) -> None:
     """Meet the other processes at MASTER_ADDR and MASTER_PORT, and start `torch.distributed`.
 
     Raises:
-        LostProcessError: not all processes came in time, or one ended meanwhile.
-        SystemExit: with code 130, when this process shall stop and others have not come.
+        LostProcessError: not all processes arrived in time, or one ended meanwhile.
+        SystemExit: with code 130, if this process has been asked to stop and others have not arrived.
     """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = _Limit(world, place)
@@ -75,10 +75,10 @@ _LISTS = "PECOBOOK_LISTS"
 
 @contextmanager
 def lists_for_children(*, starts_others: bool) -> Iterator[str]:
-    """Give the folder in which the processes that the first one starts itself find what it listed before.
+    """Yield the folder in which the processes that the first one starts find what it has listed.
 
-    It is the same for all, and exists until the first leaves this context; empty where there are no such processes, or
-    no folder can be made.
+    It is the same for all, and exists until the first process leaves this context; empty if there are no such
+    processes, or if no folder can be created.
     """
     if launched() is not None or not is_leader():
         yield os.environ.get(_LISTS, "") if launched() is None else ""
@@ -96,15 +96,15 @@ def lists_for_children(*, starts_others: bool) -> Iterator[str]:
 
 
 class _Limit:
-    """The time that is left for all processes to come."""
+    """The time left for all processes to arrive."""
 
     def __init__(self, world: World, place: str) -> None:
         self.world, self.place, self.end, self.stopped = world, place, time.monotonic() + _MEET, False
         self.is_alone = False
-        """Whether the first process, which speaks for all, is not there."""
+        """Whether the first process, which reports for all, is missing."""
 
     def wait(self) -> None:
-        """Wait for a moment. Raises LostProcessError or SystemExit when the time is over."""
+        """Wait for a moment. Raises LostProcessError or SystemExit when time has run out."""
         if stop_requested() and not self.stopped:
             self.stopped, self.end = True, min(self.end, time.monotonic() + _MEET_STOPPED)
         if known_loss() and not self.stopped:
@@ -122,7 +122,7 @@ class _Limit:
 
 
 def _store(world: World, limit: _Limit) -> TCPStore:
-    """Open the store of torchrun, or that of the first process."""
+    """Open torchrun's store, or that of the first process."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     opens = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while True:
@@ -141,7 +141,7 @@ def _store(world: World, limit: _Limit) -> TCPStore:
 
 
 def _answers(host: str, port: int) -> bool:
-    """Return whether a store can be reached; to ask the store itself writes PyTorch's stack trace to the screen."""
+    """Return whether a store is reachable; querying the store itself would print PyTorch's stack trace."""
     try:
         socket.create_connection((host, port), timeout=_TRY.total_seconds()).close()
     except OSError:
@@ -150,10 +150,10 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _agree(store: Store, world: World, limit: _Limit) -> str:
-    """Return a name that all processes of this attempt have, and those of earlier attempts do not.
+    """Return a name that all processes of this attempt share, and those of earlier attempts do not.
 
-    Each process leaves a number of its own, to which the first one answers with the name. It may answer to one that was
-    killed; it then finds the number of the one that came instead.
+    Each process leaves its own number, and the first one answers it with the name. It may answer one that was killed;
+    it then finds the number of the one that came instead.
     """
 
     def await_key(key: str) -> str:
@@ -188,7 +188,7 @@ def _agree(store: Store, world: World, limit: _Limit) -> str:
 
 @contextmanager
 def told_of_lost_processes() -> Iterator[None]:
-    """Turn the error of a connection that broke into a sentence."""
+    """Turn the error of a broken connection into a sentence."""
     try:
         yield
     except RuntimeError as error:
@@ -199,9 +199,9 @@ def told_of_lost_processes() -> Iterator[None]:
 
 
 def watch_children(children: Sequence[subprocess.Popen[bytes]], end: Callable[[int], None] = os._exit) -> None:
-    """Watch the ranks that this first rank has started, and end all when one has failed and this one has not noticed.
+    """Watch the ranks that this first rank has started, and end all if one has failed and this one has not noticed.
 
-    It replaces Fabric's watch, which kills this process without a word, also while it ends in good order.
+    It replaces Fabric's watcher, which kills this process silently, even while it is ending in good order.
     """
 
     def watch() -> None:

@@ -1,6 +1,6 @@
 """Devices, precision and strategy: start a Fabric from the settings.
 
-`lightning-fabric` is imported in this module and in `wrapping` alone, and only when a run starts.
+`lightning-fabric` is imported only in this module and in `wrapping`, and only when a run starts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Checked(Protocol):
-    """What a preflight returns."""
+    """The result of a preflight."""
 
     @property
     def config(self) -> Any:
@@ -48,10 +48,10 @@ _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def device_count(config: TrainConfig) -> int:
-    """Return the number of processes on each machine.
+    """Return the number of processes per machine.
 
     Raises:
-        ConfigError: the machine has fewer GPUs, or the flags differ from what torchrun or srun has started.
+        ConfigError: the machine has fewer GPUs, or the flags contradict what torchrun or srun has started.
     """
     world = launched()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -74,7 +74,7 @@ def device_count(config: TrainConfig) -> int:
 
 
 def total_devices(config: TrainConfig) -> int:
-    """Return the number of devices of the run on all machines; each has a process."""
+    """Return the number of devices of the run on all machines; each has one process."""
     devices, world = device_count(config), launched()
     if world is not None:
         return world.size
@@ -84,7 +84,7 @@ def total_devices(config: TrainConfig) -> int:
 
 
 def num_workers(config: TrainConfig) -> int:
-    """Return the number of data-loading processes of this process; `--workers -1` shares out the cores."""
+    """Return the number of data-loading processes of this process; `--workers -1` divides the cores among processes."""
     if config.workers >= 0:
         return config.workers
     world, processes = launched(), device_count(config)
@@ -96,7 +96,7 @@ def num_workers(config: TrainConfig) -> int:
 
 
 def resolve_precision(config: TrainConfig) -> str:
-    """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for a precision that cannot be had."""
+    """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for an unavailable precision."""
     kind, precision = _kind(config), str(config.precision)
     if precision == "auto":
         faster = {"cuda": torch.cuda.is_bf16_supported, "mps": apple_computes_bf16}.get(kind, cpu_prefers_bf16)
@@ -115,7 +115,7 @@ def _kind(config: TrainConfig) -> str:
 
 
 def check_low_precision(config: TrainConfig) -> None:
-    """Raise ConfigError where a part of a training is to be in bf16, but its (resolved) precision is another one."""
+    """Raise ConfigError if part of a training should be in bf16 but its (resolved) precision is another one."""
     if getattr(config, "residual", "fp32") == "bf16" and config.precision != "bf16":
         raise ConfigError(f"--residual bf16: the precision is {config.precision} here: give --precision bf16 too.")
     if config.communication == "bf16" and config.strategy == "fsdp" and config.precision != "bf16":
@@ -126,7 +126,7 @@ def check_low_precision(config: TrainConfig) -> None:
 
 
 def micro_batch_size(config: TrainConfig) -> int:
-    """Return the number of images a device holds at once. Raises ConfigError when devices would get unequal shares."""
+    """Return the number of images a device holds at once. Raises ConfigError if devices would get unequal shares."""
     num_devices = total_devices(config)
     if config.batch_size % num_devices:
         raise ConfigError(f"--batch-size {config.batch_size} cannot be shared evenly by {num_devices} devices.")
@@ -137,7 +137,7 @@ def micro_batch_size(config: TrainConfig) -> int:
 
 
 def check_min_batch(config: TrainConfig) -> None:
-    """Raise ConfigError where a device holds one image at once: a contrastive loss compares an image with others."""
+    """Raise ConfigError if a device holds only one image at once: a contrastive loss compares it with others."""
     if micro_batch_size(config) < 2:
         flag = "--micro-batch-size" if config.micro_batch_size else "--batch-size"
         raise ConfigError(f"{flag}: a device must hold at least 2 images at once, to contrast them.")
@@ -148,20 +148,20 @@ class Begun(NamedTuple, Generic[R]):
 
     fabric: Fabric
     ready: R
-    """What the preflight returned."""
+    """The result of the preflight."""
     lock: FolderLock | None
     """The lock of the folder, on the first process."""
 
 
 def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R], FolderLock]) -> Begun[R]:
-    """Check everything, make the folder on the first process, and start or join the processes of the run.
+    """Check everything, create the folder on the first process, and start or join the processes of the run.
 
-    Processes that torchrun or srun has started meet first, so that all end with the refusal of one. Processes that this
-    one has to start follow when everything is checked.
+    Processes that torchrun or srun has started meet first, so that all end if one refuses. Processes that this one has
+    to start follow once everything is checked.
 
     Raises:
-        PecobookError: on all processes, when one of them cannot start.
-        SystemExit: with code 130 on all processes, when a signal has asked one to stop.
+        PecobookError: on all processes, if one of them cannot start.
+        SystemExit: with code 130 on all processes, if a signal has asked one of them to stop.
     """
     world = launched()
     fabric = None
@@ -183,7 +183,7 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
 
 
 def _stop_if_asked() -> None:
-    """Exit with code 130 on all processes when a signal has asked one of them to stop."""
+    """Exit with code 130 on all processes if a signal has asked one of them to stop."""
     if any(gather_objects(stop_requested())):
         show("Stopped before the first step.")
         raise SystemExit(130)
@@ -198,7 +198,7 @@ def _are_several(config: TrainConfig) -> bool:
 
 @contextmanager
 def signals(config: TrainConfig) -> Iterator[None]:
-    """Start and run with these settings in this context, in which signals and lost processes are handled.
+    """Handle signals and lost processes in this context, in which a run with these settings starts and trains.
 
     See `engine.signals.from_the_start` and `engine.join.told_of_lost_processes`.
     """
@@ -207,11 +207,11 @@ def signals(config: TrainConfig) -> Iterator[None]:
 
 
 def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
-    """Start the processes of the run, or join those that were started, and return their Fabric.
+    """Start the processes of the run, or join those already started, and return their Fabric.
 
     Args:
-        config: settings whose precision is resolved (`resolve_precision`).
-        alone: whether this process works without others, also where torchrun or srun has started several.
+        config: settings with a resolved precision (`resolve_precision`).
+        alone: whether this process works without others, even if torchrun or srun has started several.
     """
     with _without_torchmetrics():
         from lightning_fabric import Fabric
@@ -259,8 +259,8 @@ def _join(fabric: Fabric, world: World) -> None:
 def _without_torchmetrics() -> Iterator[None]:
     """Hide torchmetrics in this context, in which Lightning is imported.
 
-    Lightning imports it to learn its version, for a part that is not used here; with transformers and scipy.signal,
-    which torchmetrics imports, that takes two seconds of a processor.
+    Lightning imports it to read its version, for a feature that is not used here; together with transformers and
+    scipy.signal, which torchmetrics imports, that takes two seconds of CPU time.
     """
     if "torchmetrics" in sys.modules:
         yield
@@ -285,7 +285,7 @@ def _start_alone(config: TrainConfig) -> Fabric:
 
 
 def _cluster_environment(devices: int) -> list[Any]:
-    """Return Fabric's plugin for the processes under Slurm, or an empty list where Fabric finds out by itself."""
+    """Return Fabric's plugin for processes under Slurm, or an empty list if Fabric detects them by itself."""
     world = launched()
     if world is not None and world.launcher == "srun":
         return [_srun_environment(world, own_gpus=devices != world.local_size)]
@@ -297,7 +297,7 @@ def _cluster_environment(devices: int) -> list[Any]:
 
 
 def _srun_environment(world: World, *, own_gpus: bool) -> Any:
-    """Return Fabric's plugin for tasks of srun; a task with a GPU that it alone sees counts as a machine."""
+    """Return Fabric's plugin for srun tasks; a task that sees a GPU of its own counts as a machine."""
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
@@ -346,10 +346,10 @@ def _leave_process_group() -> None:
 
 @contextmanager
 def deterministic(device: torch.device, enabled: bool, *, one_size: bool = False) -> Iterator[None]:
-    """Use deterministic GPU kernels within the context. PyTorch warns of operations that have no such kernel.
+    """Use deterministic GPU kernels within the context. PyTorch warns about operations without such a kernel.
 
-    Where that is not wanted, and all images have `one_size`, cuDNN tries its kernels of each convolution at the first
-    step and takes the fastest, which may be another one when the run resumes.
+    If this is off and all images have `one_size`, cuDNN benchmarks its kernels for each convolution at the first step
+    and uses the fastest, which may be another one after a resume.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     tried = torch.backends.cudnn.benchmark
@@ -365,7 +365,7 @@ def deterministic(device: torch.device, enabled: bool, *, one_size: bool = False
 
 
 def _filter_warnings() -> None:
-    """Hide warnings of libraries that a user can do nothing about."""
+    """Hide library warnings that a user can do nothing about."""
     # PyTorch 2.15 renames an argument, and Lightning still passes the old name, which older versions of PyTorch need.
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")
     # Gradients of 1 x 1 convolutions come in another memory order than DDP's buckets: this costs a copy, no error.
@@ -381,10 +381,10 @@ def _filter_warnings() -> None:
 
 
 def precision_plugin(name: str, kind: str) -> Any:
-    """Return Fabric's precision plugin for a kind of device, changed so that the numbers of a batch are not rounded.
+    """Return Fabric's precision plugin for a kind of device, modified so that the numbers in a batch are not rounded.
 
-    Fabric converts every float of a batch to half precision. Images come as integers and networks convert them, so the
-    conversion would only round values that must stay exact: the draws that define a view, and the corners of boxes.
+    Fabric converts every float in a batch to half precision. Images arrive as integers and networks convert them, so
+    the conversion would only round values that must stay exact: the random draws that define a view, and box corners.
     """
     from lightning_fabric.plugins.precision import MixedPrecision, Precision
 

@@ -37,14 +37,14 @@ class Sink:
         """Record a picture, which is also in samples/."""
 
     def flush(self) -> None:
-        """Bring to the disk what was recorded, before a checkpoint from which the run resumes after it."""
+        """Write what was recorded to disk, before a checkpoint from which the run resumes after it."""
 
     def close(self) -> None:
         """Flush and close the logger."""
 
 
 class JsonLines(Sink):
-    """Write metrics.jsonl: one JSON object for each logged step."""
+    """Write metrics.jsonl: one JSON object per logged step."""
 
     def __init__(self, path: Path, *, start_step: int) -> None:
         self.last = _drop_after(path, start_step)
@@ -52,7 +52,7 @@ class JsonLines(Sink):
         self._file = path.open("r+b")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append one line, or add new metrics of the step to its line; metrics already in the line keep their value."""
+        """Append one line, or add new metrics to the step's line; metrics already in the line keep their value."""
         # JSON has no infinity: values that are not finite (a gradient under fp16) become null.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         logged = self.last if self.last.get("step") == step else {}
@@ -66,7 +66,7 @@ class JsonLines(Sink):
         self.last = {**logged, **added}
 
     def flush(self) -> None:
-        """Flush the file to the disk."""
+        """Flush the file to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class JsonLines(Sink):
 
 
 def _drop_after(path: Path, step: int) -> dict[str, Any]:
-    """Remove lines of steps after `step` and lines cut off by a crash; return the last line left, or an empty dict."""
+    """Remove lines of steps after `step` and lines cut off by a crash; return the last remaining line or {}."""
     if not path.exists():
         return {}
     kept = [(line, metrics) for line, metrics in metric_lines(path) if metrics["step"] <= step]
@@ -88,9 +88,9 @@ class TensorBoard(Sink):
 
     Args:
         folder: the run folder.
-        start_step: step of the checkpoint from which the run resumes. TensorBoard drops the events from this step on.
-        last: the last line of metrics.jsonl. If it belongs to `start_step`, it is recorded anew: a killed run may have
-            lost its events, or may repeat the evaluation of this step.
+        start_step: step of the checkpoint that the run resumes from. TensorBoard drops the events from this step on.
+        last: the last line of metrics.jsonl. If it belongs to `start_step`, it is recorded again: a killed run may have
+            lost its events, or may repeat this step's evaluation.
     """
 
     def __init__(self, folder: Path, *, start_step: int, last: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ class TensorBoard(Sink):
         self._writer.add_image(name, np.asarray(_decode(png).convert("RGB")), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Flush the events to the disk."""
+        """Flush the events to disk."""
         self._writer.flush()
         with max(self._folder.glob("events.out.tfevents.*")).open("rb") as file:  # the newest, by its name
             os.fsync(file.fileno())
@@ -129,13 +129,13 @@ class TensorBoard(Sink):
 
 
 def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread, but not of TensorBoard's writer: its next call raises the error again."""
+    """Print a thread's traceback, except that of TensorBoard's writer: its next call raises the error again."""
     if type(arguments.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(arguments)
 
 
 class WeightsAndBiases(Sink):
-    """Log to a run in Weights & Biases."""
+    """Log to a Weights & Biases run."""
 
     def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
         import wandb
@@ -169,7 +169,7 @@ class WeightsAndBiases(Sink):
 
 
 class MLflow(Sink):
-    """Log to a run in MLflow, at the server of MLFLOW_TRACKING_URI, or offline into the folder `mlruns` of the run."""
+    """Log to an MLflow run, on the server of MLFLOW_TRACKING_URI, or offline to the folder `mlruns` of the run."""
 
     def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
         import mlflow
@@ -213,7 +213,7 @@ def _run_id(folder: Path) -> str:
 
 
 def resolve_loggers(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return loggers with `auto` resolved. Raises ConfigError for a logger that is named and not installed."""
+    """Return loggers with `auto` resolved. Raises ConfigError for a named logger that is not installed."""
     if "auto" in names:
         found = ("tensorboard",) if find_spec("tensorboard") else ()
         names = tuple(dict.fromkeys([*found, *(name for name in names if name != "auto")]))
@@ -231,7 +231,7 @@ def open_sinks(
     start_step: int,
     tracking: TrackingConfig = TrackingConfig(),
 ) -> list[Sink]:
-    """Return the loggers in `names`, and at last the writer of metrics.jsonl."""
+    """Return the loggers in `names`, followed by the writer of metrics.jsonl."""
     lines, sinks = JsonLines(folder / "metrics.jsonl", start_step=start_step), list[Sink]()
     if "tensorboard" in names:
         sinks.append(TensorBoard(folder, start_step=start_step, last=lines.last))
@@ -269,7 +269,7 @@ def close_text_log(logger: logging.Logger) -> None:
 
 
 class _Printable(logging.Formatter):
-    """Escapes control characters, so that no file name changes a terminal that shows the log."""
+    """Escapes control characters, so that no file name can alter a terminal that shows the log."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n")
@@ -316,7 +316,7 @@ class Progress:
     def show(self, step: int, metrics: Mapping[str, float], *, now: bool = False) -> None:
         """Show that `step` steps are done; without a terminal at most every five seconds, unless `now` is set.
 
-        The time left follows from the steps after the first one, which is slower than all others.
+        The remaining time is estimated from the steps after the first one, which is slower than all others.
         """
         if self.quiet:
             return
@@ -335,7 +335,7 @@ class Progress:
         self._draw(step, wait=0 if now else 5)
 
     def tick(self, step: int) -> None:
-        """Show that a step is done that has no new metrics; without a terminal at most every half minute."""
+        """Show that a step without new metrics is done; without a terminal at most every half minute."""
         if not self.quiet:
             self._draw(step, wait=30)
 

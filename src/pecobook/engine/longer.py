@@ -1,8 +1,8 @@
-"""A run that goes on after its end: `--resume --max-steps MORE`, where the schedule of its learning rate allows it.
+"""Extending a run after its end: `--resume --max-steps MORE`, if its learning rate schedule allows it.
 
-Under a constant schedule the rates before the cooldown do not depend on the length of the training. A run that is made
-longer, or shorter, goes on from a checkpoint before the earlier of both cooldowns, so that it takes the very steps of a
-run that had the new length from the start.
+With a constant schedule the rates before the cooldown do not depend on the length of the training. A run that is
+extended, or shortened, continues from a checkpoint before the earlier of both cooldowns, so that it takes exactly the
+steps of a run that had the new length from the start.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _LENGTHS = ("max-steps: ", "optim.cooldown: ")
 
 
 def other_settings(changed: list[str], old: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Return the changed settings that a resumed run must not have: all but its length under a constant schedule."""
+    """Return the changes that a resumed run must not have: all but its length with a constant schedule."""
     constant = config.optim.schedule == old["optim"].get("schedule") == "constant"
     return [line for line in changed if not (constant and line.startswith(_LENGTHS))]
 
 
 def remedy(changed: list[str], config: TrainConfig) -> str:
-    """Return what to do where the length of a run cannot change; an empty text where another setting is in the way."""
+    """Return what to do if a run's length cannot change; an empty string if another setting is the obstacle."""
     if not (len(changed) == 1 and changed[0].startswith("max-steps: ")):
         return ""
     return (
@@ -49,7 +49,7 @@ def common_steps(old: dict[str, Any], config: TrainConfig, num_images: int) -> i
 
 
 def check(old: dict[str, Any], config: TrainConfig, num_images: int) -> None:
-    """Raise RunFolderError unless the run of `config.out` has a checkpoint from which it can go on to its new length.
+    """Raise RunFolderError unless the run in `config.out` has a checkpoint from which it can reach its new length.
 
     Args:
         old: the settings of the run.
@@ -66,7 +66,7 @@ def check(old: dict[str, Any], config: TrainConfig, num_images: int) -> None:
 
 
 def begin(out: Path, old: dict[str, Any], config: TrainConfig, num_images: int) -> str:
-    """Record the new length in config.json, delete the checkpoints that are no longer on the way, and say so.
+    """Record the new length in config.json, delete the checkpoints that no longer apply, and say so.
 
     Args:
         out: the run folder, whose lock is held.

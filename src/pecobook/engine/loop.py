@@ -1,7 +1,7 @@
 """The only training loop. The loop never names a stage; a stage never names a rank, a device or a logger.
 
 Everything random follows from (seed, step) and every schedule from the step, so a checkpoint holds weights, optimizer
-state and one integer, and a run that was killed resumes bit for bit.
+state and one integer, and a killed run resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
 
 _Batches: TypeAlias = Iterator[Batch]
 _MIN_HELD_OUT = 20
-"""With fewer held-out images the log says that their figures support no claim."""
+"""With fewer held-out images the log says that the figures support no claim."""
 
 
 class Outcome(NamedTuple):
     """The result of a training."""
 
     step: int
-    """Number of steps done."""
+    """Number of completed steps."""
     finished: bool
     """Whether the training reached its last step."""
     metrics: dict[str, float]
@@ -82,10 +82,10 @@ def fit(
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
 
-    `reference` holds training images that every evaluation reads in full and compares with; `probe` makes the probe of
-    the run from its first and its last step; `flop` returns the operations of an image. The lines of `preamble` are
-    shown, and written to train.log, before the first step. `draw` draws curves.png; `on_step` is called after each
-    step, on all ranks.
+    `reference` holds training images that every evaluation reads in full and compares with; `probe` creates the run's
+    probe from its first and last step; `flop` returns the operations per image. The lines of `preamble` are shown, and
+    written to train.log, before the first step. `draw` draws curves.png; `on_step` is called after each step, on all
+    ranks.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
@@ -160,7 +160,7 @@ class Loop:
             self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
 
     def run(self) -> Outcome:
-        """Train until the last step or a signal, with evaluations and checkpoints on the way."""
+        """Train until the last step or a signal, with evaluations and checkpoints along the way."""
         step = self.start
         if self.warmup_warning and step < self.total:
             say(self.warmup_warning)
@@ -207,12 +207,12 @@ class Loop:
             self._close()
 
     def _failure(self) -> str:
-        """Return a sentence on a data-loading process of this rank that was killed; an empty text if there is none."""
+        """Return a sentence on a killed data-loading process of this rank; an empty string if there is none."""
         streams = (self.train, self.evaluation, self.reference, *(self.probe.streams if self.probe else ()))
         return next((stream.failure for stream in streams if stream is not None and stream.failure), "")
 
     def _raise_failure(self, step: int) -> None:
-        """Raise WorkerError on all ranks, when a data-loading process of one of them was killed."""
+        """Raise WorkerError on all ranks if a data-loading process of one of them was killed."""
         failure = next(filter(None, gather_objects(self._failure())), "")
         if failure:
             error = WorkerError(
@@ -222,7 +222,7 @@ class Loop:
             raise error
 
     def _complete_evaluation(self) -> None:
-        """Evaluate the step of the checkpoint if the run was killed between the checkpoint and the evaluation's end."""
+        """Evaluate the checkpoint's step if the run was killed between the checkpoint and the end of the evaluation."""
         if self.start == 0 or not is_time(self.start, self.config.sample_every, self.total):
             return
 
@@ -300,11 +300,11 @@ class Loop:
         return total.pop("loss"), total
 
     def _seed(self, step: int, micro: int) -> None:
-        """Seed dropout, drop path and mixing by the position in the training, so that no random state is saved."""
+        """Seed dropout, drop path and mixing from the position in the training, so that no random state is saved."""
         torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
 
     def _clip(self) -> Tensor:
-        """Clip the gradient where the settings say so; return the norm () before clipping, equal on all ranks."""
+        """Clip the gradient if the settings say so; return the norm () before clipping, equal on all ranks."""
         norm: Any = self.fabric.clip_gradients(
             self.model, self.stepper, max_norm=self.optim.clip_grad or float("inf"), error_if_nonfinite=False
         )
@@ -333,7 +333,7 @@ class Loop:
             say(warning)
 
     def _evaluate(self, step: int) -> None:
-        """Compute metrics over held-out images, and write pictures of the first few into samples/."""
+        """Compute metrics over held-out images, and write pictures of the first few to samples/."""
         began, self._evaluating = time.monotonic(), True
         result = evaluate(
             self.fabric,

@@ -1,4 +1,4 @@
-"""The memory of a GPU: what a run takes, and advice for the user when it runs out."""
+"""GPU memory: how much a run takes, and advice for the user when it runs out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pecobook.settings.values import flags
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
-    """Return the largest memory that the tensors of this process took so far, `gpu_memory` in GB; nothing on a CPU."""
+    """Return the peak memory of this process's tensors, `gpu_memory` in GB; nothing on a CPU."""
     return {"gpu_memory": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
 
 
@@ -20,7 +20,7 @@ def out_of_memory_advice(config: TrainConfig, *, min_batch_size: int, evaluating
 
     Args:
         config: settings of the run.
-        min_batch_size: smallest number of images that the stage takes at once on a device.
+        min_batch_size: smallest number of images per device that the stage can process at once.
         evaluating: whether memory ran out in an evaluation rather than in a training step.
         unit: what the run reads, "images" or "clips".
     """
@@ -48,7 +48,7 @@ def out_of_memory_advice(config: TrainConfig, *, min_batch_size: int, evaluating
 
 
 def _smaller(config: TrainConfig, micro: int, min_batch_size: int) -> int:
-    """Return the largest divisor of a device's share up to half of `micro`, or 0 where all are below the minimum."""
+    """Return the largest divisor of a device's share up to half of `micro`, or 0 if all are below the minimum."""
     share = config.batch_size // total_devices(config)
     return next((size for size in range(micro // 2, min_batch_size - 1, -1) if share % size == 0), 0)
 

@@ -21,7 +21,7 @@ NO_DECAY = (
 
 
 def no_weight_decay(module: nn.Module) -> tuple[str, ...]:
-    """Return patterns of the names of weights without decay: `NO_DECAY`, and what the networks in `module` name."""
+    """Return name patterns of weights without decay: `NO_DECAY`, and those that the networks in `module` name."""
     own = []
     for prefix, network in module.named_modules():
         names = getattr(network, "no_weight_decay", None)
@@ -33,7 +33,7 @@ def no_weight_decay(module: nn.Module) -> tuple[str, ...]:
 
 
 def parameter_groups(module: nn.Module, config: BaseOptimConfig) -> list[dict[str, Any]]:
-    """Return groups of the trainable parameters of `module`, as a torch optimizer takes them."""
+    """Return groups of the trainable parameters of `module`, in the form that torch optimizers take."""
     from timm.optim import param_groups_weight_decay
 
     patterns = no_weight_decay(module)
@@ -41,9 +41,9 @@ def parameter_groups(module: nn.Module, config: BaseOptimConfig) -> list[dict[st
 
 
 def layer_decay_groups(network: nn.Module, config: BaseOptimConfig) -> list[dict[str, Any]]:
-    """Return parameter groups of a timm network whose learning rate falls by `layer_decay` from each layer downwards.
+    """Return a timm network's parameter groups, whose learning rate falls by `layer_decay` per layer downwards.
 
-    Layer l of L learns at lr x layer_decay^(L - l); timm's networks define their layers.
+    Layer l of L uses lr x layer_decay^(L - l); timm's networks define their layers.
     """
     from timm.optim import param_groups_layer_decay
 
@@ -60,9 +60,9 @@ def dense_groups(
 
     Args:
         network: a timm network.
-        above: the modules above the network, which learn at the full rate.
+        above: the modules on top of the network, which use the full rate.
         config: learning rate, weight decay and layer decay.
-        frozen: whether the network does not learn.
+        frozen: whether the network is not trained.
     """
     groups = parameter_groups(nn.ModuleList(above), config)
     if not frozen:
@@ -87,7 +87,7 @@ def build_optimizer(
 
 
 def peak_learning_rate(config: BaseOptimConfig, batch_size: int) -> float:
-    """Return the learning rate after the warm-up: lr, scaled to the global batch where `lr_batch_size` is given."""
+    """Return the learning rate after the warm-up: lr, scaled to the global batch if `lr_batch_size` is set."""
     return config.lr * (batch_size / config.lr_batch_size if config.lr_batch_size else 1.0)
 
 
@@ -96,7 +96,7 @@ def learning_rates(config: BaseOptimConfig, *, total: int, num_images: int, batc
 
     Args:
         config: the schedule and the durations of its parts.
-        total: number of steps of the training.
+        total: number of steps in the training.
         num_images: images in one epoch.
         batch_size: images in one step, over all devices.
     """
@@ -118,14 +118,14 @@ def learning_rates(config: BaseOptimConfig, *, total: int, num_images: int, batc
 def cooldown_start(config: BaseOptimConfig, *, total: int, num_images: int, batch_size: int) -> int:
     """Return the number of steps before the cooldown, `total` without one. The arguments are those of `learning_rates`.
 
-    Until then a constant schedule has the same rates whatever the length of the training.
+    Until then a constant schedule has the same rates for any length of the training.
     """
     sizes = {"num_images": num_images, "batch_size": batch_size, "total": total}
     return max(total - steps(config.cooldown, **sizes, name="optim.cooldown"), 0)
 
 
 def warmup_warning(config: BaseOptimConfig, *, total: int, num_images: int, batch_size: int) -> str | None:
-    """Return a warning when the training ends before the warm-up does. The arguments are those of `learning_rates`."""
+    """Return a warning if the training ends before the warm-up does. The arguments are those of `learning_rates`."""
     sizes = {"num_images": num_images, "batch_size": batch_size, "total": total}
     warmup, cooldown = steps(config.warmup, **sizes, name="optim.warmup"), cooldown_start(config, **sizes)
     if warmup <= total:

@@ -1,4 +1,4 @@
-"""The lines that a run shows before its first step: its images, its model, its devices, its length."""
+"""The lines that a run shows before its first step: its images, model, devices and length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int, unit: s
 
     Args:
         stage: the stage that is trained.
-        config: settings whose precision is resolved.
+        config: settings with a resolved precision.
         num_images: number of training images.
         unit: what the run reads, "images" or "clips".
     """
@@ -44,18 +44,18 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int, unit: s
 
 
 def show_source(splits: Splits, *more: tuple[str, str]) -> None:
-    """Print lines on the images, and `more` lines, for a command that trains nothing."""
+    """Print lines on the images, and the lines of `more`, for a command that trains nothing."""
     show("\n".join(aligned([*describe(splits), *more])))
 
 
 def parameter_counts(stage: nn.Module) -> tuple[int, int]:
-    """Return the number of all parameters of a module, and the number of those that are trained."""
+    """Return the number of all parameters of a module, and of the trained ones."""
     parameters = list(stage.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def compact(number: float) -> str:
-    """Return a count in three digits, such as 12.3M; a count below a thousand as it is."""
+    """Return a count with three digits, such as 12.3M; a count below a thousand is unchanged."""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}" if number < 999.5 * unit else f"{number / unit:.0f}{name}"
@@ -63,7 +63,7 @@ def compact(number: float) -> str:
 
 
 def device_name(count: int = 1) -> str:
-    """Return the name of the GPU, or of the CPU with its threads, and how many of them train."""
+    """Return the name of the GPU, or of the CPU with its threads, and how many devices train."""
     if torch.cuda.is_available():
         return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
     if device(count).type == "mps":

@@ -1,8 +1,8 @@
-"""`--probe-data`: what the features of a stage are worth, measured on other images as training goes.
+"""`--probe-data`: evaluates a stage's features on other images during training.
 
 The images are read once and kept. At a probe every rank computes the features of its share, in evaluation mode and
-without gradient; the first rank measures them. Nothing random is drawn and no weight changes, so a run is the same with
-and without probes.
+without gradients; the first rank evaluates them. Nothing random is drawn and no weight changes, so a run is the same
+with and without probes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 _SHARE = 0.015
-"""Share of the training's time that probes may take where their interval is chosen."""
+"""Share of the training time that probes may take if their interval is chosen automatically."""
 _FIRST = 20
-"""Step of the first probe where the interval is chosen: late enough to have measured the time of a step."""
+"""Step of the first probe if the interval is chosen: late enough to have measured the time of a step."""
 _EVERY = "probe/every"
 _FEW = 256  # images of a rank that are read without starting processes
 
@@ -44,10 +44,10 @@ Score: TypeAlias = Callable[[Features, Features], dict[str, float]]
 
 
 def open_probe(config: TrainConfig) -> Splits | None:
-    """Open the images of `--probe-data` with the range of values of the run; None without the flag.
+    """Open the images of `--probe-data` with the run's value range; None without the flag.
 
     Raises:
-        DataError: as `open_images`, naming the flag.
+        DataError: as for `open_images`, naming the flag.
     """
     if not isinstance(config, ProbedTrainConfig) or not config.probe_data:
         return None
@@ -72,14 +72,14 @@ def describe_probe(config: ProbedTrainConfig, splits: Splits) -> str:
 
 
 class Probe:
-    """The images of `--probe-data`, and when they are measured.
+    """The images of `--probe-data`, and when they are evaluated.
 
     Args:
         config: settings of the run, with the folder and the interval.
         splits: the images.
-        view: makes a sample with `image`, uint8 (3, S, S), of an image.
-        score: names and values that the features (N, F) and labels (N,) of training and of held-out images have.
-        start: step from which the run starts or resumes.
+        view: makes a sample with `image`, uint8 (3, S, S), from an image.
+        score: returns named values for the features (N, F) and labels (N,) of training and held-out images.
+        start: step that the run starts or resumes from.
         total: number of steps of the run.
     """
 
@@ -130,7 +130,7 @@ class Probe:
         return {f"probe/{name}": value for name, value in scores.items()}
 
     def _read(self, fabric: Fabric, stream: Stream, batch_size: int, workers: int) -> list[Batch]:
-        """Read this rank's share of the images once; those that others have, too, are marked as repeated."""
+        """Read this rank's share of the images once; those that other ranks also have are marked as repeated."""
         batches = []
         for batch in rank_share(fabric, stream, self.config.probe_images, batch_size, workers=workers, few=_FEW):
             self.skipped += batch["skipped"]
@@ -153,18 +153,18 @@ class Probe:
 
 
 def interval(cost: float, step_time: float, log_every: int) -> int:
-    """Return the number of steps between probes that take `cost` seconds each: logged steps, and below 2% of the time.
+    """Return the number of steps between probes of `cost` seconds each: at logged steps, below 2% of the time.
 
     Args:
         cost: seconds of a probe.
         step_time: seconds of a training step.
-        log_every: number of steps between logged steps, of which the result is a multiple.
+        log_every: number of steps between logged steps; the result is a multiple of it.
     """
     return max(math.ceil(cost / (_SHARE * max(step_time, 1e-6)) / log_every), 1) * log_every
 
 
 def _recorded_interval(out: Path) -> int:
-    """Return the interval that an earlier start of the run has chosen, 0 if none has."""
+    """Return the interval that an earlier start of the run chose, 0 if none did."""
     file = out / "metrics.jsonl"
     found = [record[_EVERY] for record in read_metrics(file) if record.get(_EVERY)] if file.is_file() else []
     return int(found[-1]) if found else 0

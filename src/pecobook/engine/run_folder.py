@@ -44,9 +44,9 @@ _FILES = (
 
 
 def check(config: TrainConfig, command: str, num_images: int = 0) -> None:
-    """Raise RunFolderError when `config.out` cannot be used as the settings require. Changes nothing.
+    """Raise RunFolderError if `config.out` cannot be used as the settings require. Changes nothing.
 
-    `num_images` is the number of training images, 0 where it is unknown; a new length of a run is then not checked.
+    `num_images` is the number of training images, 0 if unknown; a new length of a run is then not checked.
     """
     _folder(config, command, num_images).check()
 
@@ -59,9 +59,9 @@ def prepare(
     Args:
         config: the settings.
         command: name of the command.
-        splits: the data, which are compared with those of the run that resumes; None leaves that out.
-        recipe: name of the recipe from which the settings come; empty if it is unknown.
-        changes: lines of config.diff, on settings that differ from those of the recipe.
+        splits: the data, which are compared with those of the resumed run; None skips that.
+        recipe: name of the recipe that the settings come from; empty if unknown.
+        changes: lines of config.diff, on settings that differ from the recipe's.
 
     Raises:
         RunFolderError: the folder cannot be used, or the data have changed.
@@ -84,7 +84,7 @@ def prepare(
 
 
 def recorded_range(out: str) -> RangeSetting:
-    """Return the range of values that the run in the folder `out` took; `AUTO` if there is no such run."""
+    """Return the value range that the run in the folder `out` used; `AUTO` if there is no such run."""
     settings = read_if_valid(Path(out) / "config.json", {"value_range": list_of(ANY).or_none})
     return AUTO if settings is None else tuple(settings.get("value_range") or AUTO)
 
@@ -178,7 +178,7 @@ def _write_settings(
 
 
 def _write_environment(file: Path, notes: list[str], images: dict[str, int]) -> None:
-    """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content.
+    """Write environment.json; if a resumed run had other versions, report them, and keep the earlier content.
 
     `notes` are sentences on changed data, which are kept too; `images` are the numbers of images and classes.
     """
@@ -203,14 +203,14 @@ def _write_environment(file: Path, notes: list[str], images: dict[str, int]) -> 
 
 
 def stored_settings(config: TrainConfig, command: str, recipe: str = "") -> dict[str, Any]:
-    """Return the settings as config.json holds them, without the flags of a single start."""
+    """Return the settings as config.json stores them, without the flags of a single start."""
     single = dict.fromkeys(("resume", "overwrite", "dry_run", "verify_data", "accept_data_change"), False)
     more = {name: value for name, value in (("recipe", recipe), ("python", hooks())) if value}
     return {"command": command, **more, **to_dict(config), **single}
 
 
 def command_line(arguments: list[str]) -> str:
-    """Return the command of this process, quoted, so that it can be pasted into a shell; `arguments` is sys.argv."""
+    """Return this process's command, quoted so that it can be pasted into a shell; `arguments` is sys.argv."""
     program, *words = arguments
     if Path(program).name == "__main__.py":  # python -m pecobook
         return shlex.join([sys.executable, "-m", "pecobook", *words])
@@ -218,7 +218,7 @@ def command_line(arguments: list[str]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions of the libraries, the devices, the command line and the folder in which it was given."""
+    """Return library versions, the devices, the command line and the folder it was run in."""
     from importlib.metadata import version
 
     import torch

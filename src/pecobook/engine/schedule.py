@@ -8,7 +8,7 @@ import math
 def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: float = 0.0) -> float:
     """Rise linearly over `warmup` steps to `peak`, then fall by a half cosine that reaches `final` at step `total`.
 
-    Step 0, the first step, already takes peak / warmup where there is a warm-up, so no step has rate 0.
+    Step 0, the first step, already uses peak / warmup if there is a warm-up, so no step has rate 0.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -17,9 +17,9 @@ def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: flo
 
 
 def warmup_poly(step: int, *, total: int, warmup: int, peak: float, final: float = 0.0, power: float = 1.0) -> float:
-    """Rise as `warmup_cosine`, then fall to `final` by the remaining share of the training to the power `power`.
+    """Rise like `warmup_cosine`, then fall to `final` as the remaining share of the training to the power `power`.
 
-    With power 1 the rate falls linearly: the paper's schedule of segmentation (section 4).
+    With power 1 the rate falls linearly: the paper's schedule for segmentation (section 4).
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -28,16 +28,16 @@ def warmup_poly(step: int, *, total: int, warmup: int, peak: float, final: float
 
 
 def warmup_steps(step: int, *, warmup: int, peak: float, milestones: tuple[int, ...]) -> float:
-    """Rise as `warmup_cosine`, then divide the rate by ten at each step in `milestones`, as is usual in detection."""
+    """Rise like `warmup_cosine`, then divide the rate by ten at each step in `milestones`, as usual in detection."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * float(0.1 ** sum(step >= milestone for milestone in milestones))
 
 
 def warmup_constant(step: int, *, total: int, warmup: int, peak: float, cooldown: int, final: float = 0.0) -> float:
-    """Rise as `warmup_cosine`, stay at `peak`, and fall linearly over the last `cooldown` steps to `final`.
+    """Rise like `warmup_cosine`, stay at `peak`, and fall linearly over the last `cooldown` steps to `final`.
 
-    The rate before step `total - cooldown` does not depend on `total`, so that a run can be made longer.
+    The rate before step `total - cooldown` does not depend on `total`, so that a run can be extended.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -52,5 +52,5 @@ def cosine(step: int, *, total: int, start: float, end: float) -> float:
 
 
 def is_time(step: int, every: int, total: int) -> bool:
-    """Return whether an action repeated every `every` steps is due after `step` steps; after the last it always is."""
+    """Return whether an action repeated every `every` steps is due after `step` steps; it always is after the last."""
     return step == total or step % every == 0

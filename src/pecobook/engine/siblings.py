@@ -1,10 +1,10 @@
-"""The processes of a run on one machine watch each other, so that the loss of one is known at once.
+"""The processes of a run on one machine watch each other, so that the loss of one is noticed at once.
 
 Each process keeps a connection to the first one on its machine, which the kernel closes when a process ends, however it
-ends. A process that leaves in good order says so before. Without torchrun or srun, which end the others, gloo notices a
-lost process at the next exchange and NCCL only after its time limit; and neither is there before the processes meet.
+ends. A process that leaves in good order announces it. Without torchrun or srun, which end the others, gloo notices a
+lost process at the next exchange and NCCL only after its timeout, and neither exists before the processes meet.
 
-The module imports no torch, since a process can be lost while it imports. It needs Linux.
+The module does not import torch, since a process can be lost while importing it. It needs Linux.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pecobook.errors import PecobookError
 from pecobook.utils.printer import show
 
 _COME = 60.0
-"""Seconds in which all processes on one machine must have come; they are started together."""
+"""Seconds within which all processes on one machine must have arrived; they are started together."""
 _TIME_TO_END = 20.0
-"""Seconds in which this process notices by itself that another was lost, and ends in good order."""
+"""Seconds within which this process notices the loss of another by itself, and ends in good order."""
 _HELLO, _LEFT = b"+", b"-"
 
 
@@ -51,14 +51,14 @@ class Siblings:
 
     Args:
         world: the processes of the run.
-        end: ends this process where it has not noticed the loss of another.
+        end: ends this process if it has not noticed the loss of another.
     """
 
     current: Siblings | None = None
 
     def __init__(self, world: World, end: Callable[[int], None] = os._exit) -> None:
         self.reason = ""
-        """What is known to be wrong: a process that has ended, or that has not come."""
+        """The known problem: a process that has ended, or that has not arrived."""
         self._world, self._end, self._has_left = world, end, False
         self._connections: list[socket.socket] = []
         self._stop = time.monotonic() + _COME
@@ -66,7 +66,7 @@ class Siblings:
         threading.Thread(target=work, daemon=True, name="siblings").start()
 
     def leave(self, *, in_order: bool) -> None:
-        """Close the connections; unless `in_order`, the others take this process for lost."""
+        """Close the connections; unless `in_order`, the others regard this process as lost."""
         self._has_left = True
         for connection in self._connections:
             with contextlib.suppress(OSError):
@@ -126,7 +126,7 @@ class Siblings:
         self.reason = f"Process {first} of the run did not come within {_COME:.0f} seconds"
 
     def _watch(self, connection: socket.socket, rank: int) -> None:
-        """Wait until the process of this rank leaves, and end this one where it was lost."""
+        """Wait until the process of this rank leaves, and end this one if it was lost."""
         connection.settimeout(None)
         self._connections.append(connection)
         with contextlib.suppress(ConnectionError):
@@ -142,7 +142,7 @@ class Siblings:
 
 
 def _address(world: World) -> str:
-    """Return a name that the processes of one attempt on one machine share; it is no file, and ends with them."""
+    """Return a name shared by the processes of one attempt on one machine; it is not a file, and ends with them."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     parts = [os.environ.get(name, "") for name in (*names, "SLURM_JOB_ID", "SLURM_STEP_ID")]
     text = repr([os.getuid(), world.launcher, world.rank - world.local_rank, *parts])
@@ -150,14 +150,14 @@ def _address(world: World) -> str:
 
 
 def _user(connection: socket.socket) -> int:
-    """Return the number of the user of the process at the other end."""
+    """Return the user id of the process at the other end."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[1])
 
 
 @contextlib.contextmanager
 def watched(world: World | None) -> Iterator[None]:
-    """In this context, watch the other processes of this machine that a launcher or a script has started."""
+    """Within this context, watch the other processes that a launcher or a script has started on this machine."""
     if world is None or world.local_size == 1 or sys.platform != "linux":
         yield
         return
@@ -178,5 +178,5 @@ def watched(world: World | None) -> Iterator[None]:
 
 
 def known_loss() -> str:
-    """Return what is known to be wrong with the other processes of this machine; empty where nothing is."""
+    """Return the known problem with the other processes on this machine; empty if there is none."""
     return "" if Siblings.current is None else Siblings.current.reason

@@ -1,7 +1,7 @@
 """SIGINT, SIGTERM, SIGHUP and SIGUSR1 during a run: it stops once the step is done and saved.
 
-SIGUSR1 is the usual warning of Slurm before a time limit (`--signal=USR1@120`). SIGHUP comes when a terminal is closed
-or its connection breaks; nohup ignores it, and then so does the run.
+SIGUSR1 is Slurm's usual warning before a time limit (`--signal=USR1@120`). SIGHUP is sent when a terminal is closed or
+its connection breaks; nohup ignores it, and then so does the run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _STOP = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 class Signals:
     """Record the signals that ask a run to stop in `received`, so that the loop stops after the step.
 
-    A further SIGINT stops at once. Another signal does not: launchers repeat them, as torchrun repeats a signal that
-    Slurm has sent to every process already, and the checkpoint would be lost.
+    A second SIGINT stops immediately. Other signals do not: launchers repeat them, as torchrun repeats a signal that
+    Slurm has already sent to every process, and the checkpoint would be lost.
 
     Contexts nest: an inner one returns the outer one, whose handlers stay.
 
@@ -64,21 +64,21 @@ class Signals:
 
 
 def stop_requested() -> bool:
-    """Return whether a signal has asked this process to stop, since the outermost context was entered."""
+    """Return whether a signal has asked this process to stop since the outermost context was entered."""
     return Signals._outer is not None and Signals._outer.received
 
 
 @contextmanager
 def from_the_start(*, several: bool = False, until_exit: bool = False) -> Iterator[None]:
-    """In this context signals are recorded in a process that torchrun or srun has started, or that is to start others.
+    """Record signals in this context, in a process that torchrun or srun has started, or that will start others.
 
-    It is entered before anything large is imported, because a process that ended while it starts would leave the others
-    waiting for it. A process that is alone has nothing to save yet and ends at once.
+    It is entered before any large import, because a process that ended during startup would leave the others waiting
+    for it. A process on its own has nothing to save yet and ends immediately.
 
     Args:
         several: whether the run has several processes although no launcher has started them.
-        until_exit: as of `Signals`: srun sends SIGTERM to a process that is about to end when another has ended with a
-            code other than 0. The process then also watches the others of its machine (`engine.siblings`).
+        until_exit: as in `Signals`: srun sends SIGTERM to a process that is about to end if another has ended with an
+            exit code other than 0. The process then also watches the others on its machine (`engine.siblings`).
     """
     world = launched()
     if several or (world is not None and world.size > 1):

@@ -1,4 +1,4 @@
-"""The images of a run that cannot be read: train.log names each once, and the last line says how many there were."""
+"""The unreadable images of a run: train.log names each once, and the last line says how many there were."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pecobook.utils.distributed import gather_objects
 
 
 class Skipped:
-    """Which images this rank could not read.
+    """The images that this rank could not read.
 
     Args:
-        log: writes a line into train.log; None on all ranks but the first.
+        log: writes a line to train.log; None on all ranks but the first.
     """
 
     def __init__(self, log: Callable[[str], None] | None) -> None:
@@ -21,7 +21,7 @@ class Skipped:
         return len(self._names)
 
     def note(self, names: Iterable[str]) -> None:
-        """Add images, and write those that are new into the log."""
+        """Add images, and log those that are new."""
         for name in names:
             if name not in self._names:
                 self._names[name] = None

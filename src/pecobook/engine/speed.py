@@ -1,4 +1,4 @@
-"""The speed of a training: images a second, waiting for data, and operations a second beside the peak of the GPU."""
+"""Training speed: images per second, waiting time for data, and operations per second relative to the GPU's peak."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from pecobook.utils.devices import peak_flops
 
 _COUNT_AFTER = 20.0
-"""Seconds of training after which its operations are counted, so that this does not slow the start of a run."""
+"""Seconds of training after which its operations are counted, so that counting does not slow down the start."""
 
 
 class Speed:
-    """Measures a training between its logged steps.
+    """Measures the speed between logged steps.
 
     Args:
         step: the step that the training starts from.
-        now: the time, seconds, as in all other arguments of this name.
-        batch_size: images of a step.
-        flop: returns the operations of an image, forward and backward; None where they are not known.
+        now: the time in seconds, as in all other arguments of this name.
+        batch_size: number of images per step.
+        flop: returns the operations per image, forward and backward; None if unknown.
         device: the device of this process.
-        num_devices: devices of all processes.
+        num_devices: number of devices of all processes.
         precision: fp32, bf16 or fp16.
     """
 
@@ -37,14 +37,14 @@ class Speed:
         precision: str,
     ) -> None:
         self.waited = 0.0
-        """Seconds of waiting for data since the last measurement."""
+        """Seconds spent waiting for data since the last measurement."""
         self._step, self._since, self._began = step, now, now
         self._batch_size, self._flop, self._num_devices = batch_size, flop, num_devices
         self._peak = peak_flops(device) if precision != "fp32" else None
         self._flop_of_image: float | None = None
 
     def leave_out(self, seconds: float) -> None:
-        """Leave out time that went into something else than training."""
+        """Exclude time that was spent on something other than training."""
         self._since += seconds
         self._began += seconds
 
@@ -52,8 +52,8 @@ class Speed:
         """Return the speed since the last measurement.
 
         Returns:
-            `images_per_second` of all devices, `data_wait` (a share of the time), and where the operations are known,
-            `tflops`, 10^12 operations a second of each device, and `mfu`, their share of its peak.
+            `images_per_second` on all devices, `data_wait` (a share of the time) and, if the operations are known,
+            `tflops`, 10^12 operations per second on each device, and `mfu`, their share of its peak.
         """
         elapsed = max(now - self._since, 1e-9)
         images = (step - self._step) * self._batch_size / elapsed
@@ -68,5 +68,5 @@ class Speed:
         return values
 
     def restart(self, now: float) -> None:
-        """Measure from now on."""
+        """Start measuring from now."""
         self._since = now

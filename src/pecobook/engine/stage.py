@@ -1,7 +1,7 @@
 """The base class of stages: an nn.Module that returns a loss, with class methods for `pecobook.stages.training`.
 
 The class methods work on settings, before a module exists: they check the settings, open the data, and define the views
-of an image. The loop calls the other methods. A new stage overrides the methods whose defaults here do not fit.
+of an image. The loop calls the other methods. A new stage overrides the methods whose defaults do not fit.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class StageOutput(NamedTuple):
     """The output of a stage's forward method."""
 
     loss: Tensor | None
-    """Loss () with gradient; None in evaluation mode where a stage has no loss there."""
+    """Loss () with gradient; None in evaluation mode if the stage has no loss there."""
     metrics: dict[str, Tensor]
     """Metrics () each, detached; the loop averages them over accumulation steps and ranks. A metric named `loss` is
-    shown in place of the loss itself."""
+    shown instead of the loss itself."""
     pictures: dict[str, Tensor] = {}  # noqa: RUF012
     """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
     rows: dict[str, Tensor] = {}  # noqa: RUF012
@@ -44,9 +44,9 @@ class Stage(nn.Module, Generic[C]):
     min_batch_size = 1
     """Smallest number of images that the stage can learn from at once."""
     has_one_size = True
-    """Whether all images of the stage, of training and of evaluation, have one size."""
+    """Whether all images of the stage, in training and evaluation, have the same size."""
     notes: tuple[str, ...] = ()
-    """Lines on the weights that the stage starts from, for the preamble of a run and its train.log."""
+    """Lines on the weights that the stage starts from, for a run's preamble and its train.log."""
 
     # --------------------------------------------------------------------------------------- before the stage is built
 
@@ -55,7 +55,7 @@ class Stage(nn.Module, Generic[C]):
         """Build the networks that the settings name, and return them for `build`, before anything is written.
 
         Raises:
-            PecobookError: settings or weights that do not work.
+            PecobookError: unusable settings or weights.
         """
 
     @classmethod
@@ -70,11 +70,11 @@ class Stage(nn.Module, Generic[C]):
 
     @classmethod
     def check_data(cls, config: C, splits: Splits) -> None:
-        """Raise PecobookError when the images do not fit the settings."""
+        """Raise PecobookError if the images do not fit the settings."""
 
     @classmethod
     def build(cls, config: C, splits: Splits, prebuilt: Any = None) -> Stage[C]:
-        """Build the stage; `prebuilt` is what `check` returned. Random weights come from torch's global generator.
+        """Build the stage; `prebuilt` is the result of `check`. Random weights come from torch's global generator.
 
         The base class returns the stage that `check` built, for stages that do not depend on the images.
         """
@@ -88,7 +88,7 @@ class Stage(nn.Module, Generic[C]):
 
     @classmethod
     def evaluation_view(cls, config: C) -> ViewFunction:
-        """Return the function that turns a held-out image into a sample, equal in every evaluation."""
+        """Return the function that turns a held-out image into a sample, the same in every evaluation."""
         raise NotImplementedError
 
     @classmethod
@@ -98,7 +98,7 @@ class Stage(nn.Module, Generic[C]):
 
     @classmethod
     def probe_view(cls, config: C) -> ViewFunction | None:
-        """Return the function that takes `image`, uint8 (3, S, S), of an image of `--probe-data`, or None.
+        """Return the function that takes `image`, uint8 (3, S, S), from an image of `--probe-data`, or None.
 
         A batch of these is marked as `probe`, and `forward` returns their features (B, F) as rows.
         """
@@ -107,14 +107,14 @@ class Stage(nn.Module, Generic[C]):
     # ----------------------------------------------------------------------------------------------------- in training
 
     def companions(self) -> tuple[Companion | None, Companion | None]:
-        """Return functions of (number of the image, epoch) that add entries to a training and to a held-out sample."""
+        """Return functions of (image number, epoch) that add entries to a training and to a held-out sample."""
         return None, None
 
     @property
     def needs_full_batch_keys(self) -> bool:
-        """Whether the next step's loss depends on all images of the step, computed without gradient, before the stage
-        learns from the first micro-batch. The stage gets batches marked as `ahead` for it, and each micro-batch then
-        holds the rows that the stage returned (`engine.ahead`).
+        """Whether the next step's loss depends on all images of the step, computed without gradients, before the stage
+        learns from the first micro-batch. The stage then gets batches marked as `ahead`, and each micro-batch contains
+        the rows that the stage returned for them (`engine.ahead`).
         """
         return False
 
@@ -123,10 +123,10 @@ class Stage(nn.Module, Generic[C]):
         return False
 
     def loss_count(self, batch: Batch) -> Tensor | None:
-        """Return the number (), of things over which the loss of a training batch is a mean, such as counted pixels.
+        """Return the number () of items, such as counted pixels, that a training batch's loss is averaged over.
 
-        With it the micro-batches of a step, on all ranks, weigh as in one batch. None, the default, gives all of them
-        the same weight, which is right for a mean over images.
+        With it, the micro-batches of a step, on all ranks, are weighted as in one batch. None, the default, weights
+        them equally, which is right for a mean over images.
         """
         return None
 
@@ -135,11 +135,11 @@ class Stage(nn.Module, Generic[C]):
         return 0
 
     def repeats(self) -> int:
-        """Return how many views of each image a batch holds beside each other."""
+        """Return how many views of each image a batch contains."""
         return 1
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Return loss and detached metrics of a batch; in evaluation mode also pictures and rows."""
+        """Return the loss and detached metrics of a batch; in evaluation mode also pictures and rows."""
         raise NotImplementedError
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
@@ -150,17 +150,17 @@ class Stage(nn.Module, Generic[C]):
         """Update the stage after optimizer step number `step` of `total`."""
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Return a warning for the user when `metrics` show that the run goes wrong."""
+        """Return a warning for the user if `metrics` show that the run is going wrong."""
         return None
 
     # ------------------------------------------------------------------------------------------------- in evaluation
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
-        """Return metrics of the rows that evaluation gathered, given rows of `reference_view` (or none)."""
+        """Return metrics from the rows that evaluation gathered, given rows of `reference_view` (or none)."""
         return {}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
-        """Write files from the rows of the last evaluation into the run folder. Called on the first rank alone."""
+        """Write files from the last evaluation's rows to the run folder. Called only on the first rank."""
 
     # ---------------------------------------------------------------------------------------------------- at the end
 
@@ -176,7 +176,7 @@ def submodule_state(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def mean_of_counted(values: Tensor, batch: Batch) -> Tensor:
-    """Return the mean () of one value for each image, (B,), without images marked as `repeated`; 0 without images."""
+    """Return the mean () of per-image values (B,), without images marked as `repeated`; 0 without images."""
     if "repeated" not in batch:
         return values.mean()
     repeated: Tensor = batch["repeated"]

@@ -1,4 +1,4 @@
-"""Gives images the range of values with which a model was trained."""
+"""Gives images the value range that a model was trained with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pecobook.utils.printer import doing
 
 
 def open_readable(source: str, setting: RangeSetting = AUTO, models: Iterable[str] = ()) -> Splits:
-    """Open an image source with its range of values; the last two arguments are those of `set_value_range`.
+    """Open an image source with its value range; the last two arguments are those of `set_value_range`.
 
     Raises:
         DataError: the source cannot be opened, none of the first few training images can be read, or no range fits.
@@ -29,13 +29,13 @@ def open_readable(source: str, setting: RangeSetting = AUTO, models: Iterable[st
 
 
 def set_value_range(images: Splits | list[ImageSource], setting: RangeSetting, models: Iterable[str] = ()) -> None:
-    """Set the range of the values of images with more than 8 bits, and print what was taken.
+    """Set the value range of images with more than 8 bits, and print what was chosen.
 
     Args:
-        images: the images, which then have `value_range`.
-        setting: the value of --value-range. `AUTO` takes the range of the first model that has one, else a range from
-            a sample of the images.
-        models: runs, export folders, or `owner/name` on the Hugging Face hub; all others are ignored.
+        images: the images, which then have a `value_range`.
+        setting: the value of --value-range. `AUTO` uses the range of the first model that has one, otherwise a range
+            from a sample of the images.
+        models: runs, export folders, or `owner/name` on the Hugging Face hub; anything else is ignored.
 
     Raises:
         DataError: no range fits all images of the sample.

@@ -1,6 +1,6 @@
-"""The processes of a run as torchrun or srun has started them, read from the environment.
+"""The processes of a run as started by torchrun or srun, read from the environment.
 
-The module imports no torch, so that the command line knows its rank before anything large is imported.
+The module does not import torch, so that the command line knows its rank before any large import.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pecobook.errors import ConfigError
 
 
 class World(NamedTuple):
-    """The processes that a launcher has started for one run, and the place of this process among them."""
+    """The processes that a launcher has started for one run, and this process's place among them."""
 
     launcher: str
     """torchrun or srun."""
@@ -32,9 +32,9 @@ class World(NamedTuple):
 
 
 def launched() -> World | None:
-    """Return the processes that torchrun or srun has started together, or None where this process is alone.
+    """Return the processes that torchrun or srun has started together, or None if this process is on its own.
 
-    torchrun comes first, since srun may start one torchrun on each machine. A batch script, `salloc` and an interactive
+    torchrun comes first, since srun may start one torchrun per machine. A batch script, `salloc` and an interactive
     shell are single processes although Slurm sets some of its variables there.
 
     Raises:
@@ -66,7 +66,7 @@ def launched() -> World | None:
 
 
 def _number(name: str, default: int, *, least: int = 0) -> int:
-    """Return the number in an environment variable. Raises ConfigError where it holds something else."""
+    """Return the number in an environment variable. Raises ConfigError if it contains anything else."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise _for_all(f"The environment variable {name} is '{text}', not a number from {least}: unset it.")
@@ -89,10 +89,10 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _is_left_from_another_step(tasks_here: int) -> bool:
-    """Return whether the variables of a step describe other processes than this one and its siblings.
+    """Return whether a step's variables describe processes other than this one and its siblings.
 
     sbatch passes the variables of the step it is called in on to its script, which is a single process; and of the
-    tasks of `srun --pty` the first alone has a terminal.
+    tasks of `srun --pty` only the first has a terminal.
     """
     numbers = os.environ.get("SLURM_GTIDS", "")  # the tasks on this node; always set anew
     stale = bool(numbers) and len(numbers.split(",")) != tasks_here
@@ -100,14 +100,14 @@ def _is_left_from_another_step(tasks_here: int) -> bool:
 
 
 def environment_without_launcher() -> dict[str, str]:
-    """Return the environment of a child process that is a run of its own, also below torchrun or srun."""
+    """Return the environment of a child process that is a run of its own, even under torchrun or srun."""
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"}
     names |= {"TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"}
     return {name: value for name, value in os.environ.items() if name not in names}
 
 
 def is_leader() -> bool:
-    """Return whether this process is the first of its run, by the environment variables of the launcher."""
+    """Return whether this process is the first of its run, according to the launcher's environment variables."""
     world = launched()
     if world is not None:
         return world.rank == 0
@@ -123,7 +123,7 @@ def is_first_on_machine() -> bool:
 
 
 def printing_rank() -> int:
-    """Return the rank by which one process prints an error that all have; known also where `launched` fails."""
+    """Return the rank of the process that prints an error that all have; works even if `launched` fails."""
     try:
         stepped = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
         return int(os.environ.get("RANK") or (stepped and os.environ.get("SLURM_PROCID")) or 0)
@@ -132,7 +132,7 @@ def printing_rank() -> int:
 
 
 def check_flags(world: World, devices: str, num_nodes: int) -> None:
-    """Raise ConfigError where --devices or --num-nodes differs from what the launcher has started."""
+    """Raise ConfigError if --devices or --num-nodes contradicts what the launcher has started."""
     processes = f"{world.local_size} process{'es' if world.local_size > 1 else ''} on each machine"
     machines = f"processes on {world.num_nodes} machine{'s' if world.num_nodes > 1 else ''}"
     for flag, agrees, given, started in (

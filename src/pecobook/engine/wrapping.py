@@ -1,4 +1,4 @@
-"""A stage on its devices: copies or shards, synchronised norms, compilation, and the precision of its communication."""
+"""A stage on its devices: replicas or shards, synchronised norms, compilation, and communication precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def strategy(config: TrainConfig, num_devices: int) -> Any:
-    """Return Fabric's strategy for so many devices in all."""
+    """Return Fabric's strategy for a total number of devices."""
     if config.strategy == "fsdp":
         from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
@@ -30,10 +30,10 @@ def strategy(config: TrainConfig, num_devices: int) -> Any:
 
 
 def _shard(module: nn.Module, mesh: Any, *, low: bool) -> nn.Module:
-    """Shard a module by FSDP2: every trainable transformer block of timm is one unit, all other modules another.
+    """Shard a module with FSDP2: every trainable timm transformer block is one unit, all other modules another.
 
-    With `low` the processes gather bf16 copies of the weights. Gradients are summed in fp32, and inputs are not cast,
-    since some of them are draws and corners of boxes.
+    With `low`, the processes gather bf16 copies of the weights. Gradients are summed in fp32, and inputs are not cast,
+    since some of them are random draws and box corners.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -48,7 +48,7 @@ def _shard(module: nn.Module, mesh: Any, *, low: bool) -> nn.Module:
 
 
 def prepare_module(fabric: Fabric, stage: nn.Module, config: TrainConfig) -> Any:
-    """Return `stage`, compiled where the settings say so, wrapped for the devices of `fabric`."""
+    """Return `stage`, compiled if the settings say so, wrapped for the devices of `fabric`."""
     if fabric.device.type == "cuda" and fabric.world_size > 1:
         from timm.layers import convert_sync_batchnorm
 
@@ -64,7 +64,7 @@ def prepare_module(fabric: Fabric, stage: nn.Module, config: TrainConfig) -> Any
 
 
 def _compress_gradients(model: Any) -> None:
-    """Let DDP exchange the gradients of a model that Fabric has set up in bf16."""
+    """Make DDP exchange the gradients of a model that Fabric has set up in bf16."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
     from torch.nn.parallel import DistributedDataParallel
 
