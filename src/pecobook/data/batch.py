@@ -1,4 +1,4 @@
-"""The contents of a batch: all keys that views, companions, the loader and the loop write, and the keys' readers."""
+"""The contents of a batch: all keys, written by views, companions, the loader and the loop, and their readers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from torch import Tensor
 
 
 class Batch(TypedDict, total=False):
-    """Named tensors of B images; a batch contains the keys that the view of the stage makes.
+    """Named tensors of B images; a batch contains the keys that the stage's view makes.
 
     Tensors of equal shapes are stacked; tensors whose shapes differ between images form a list, under a plural name.
-    Shapes: C channels, S side of a square view, (h, w) a grid of patches or any other size that differs.
+    Shapes: C channels, S side of a square view, (h, w) a grid of patches or any other varying size.
     """
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
     image: Tensor
-    """uint8 (B, C, S, S): images of codebook, pretrain, finetune, of segment in training, of contrast in evaluation; of
-    finetune with --clip.frames T (B, T, C, S, S), with three crops in evaluation (B, 3, T, C, S, S)."""
+    """uint8 (B, C, S, S): images for codebook, pretrain and finetune, for segment in training and contrast in
+    evaluation; for finetune with --clip.frames T (B, T, C, S, S), or with three crops in evaluation (B, 3, T, C, S,
+    S)."""
     images: list[Tensor]
     """uint8 (3, h, w) each: one per image for detect, one per scale of --test.scales for segment in evaluation."""
     view0: Tensor
@@ -28,11 +29,11 @@ class Batch(TypedDict, total=False):
     other: Tensor
     """uint8 (B, 3, S, S): the second view of codebook with --explicit.kind contrastive."""
     colour: Tensor
-    """float32 (B, 9) in [0, 1): random numbers of `photometric` for `image`, for pretrain and segment in training."""
+    """float32 (B, 9) in [0, 1): random numbers for `photometric` on `image`, for pretrain and segment in training."""
     colour0: Tensor
-    """float32 (B, 9) in [0, 1): random numbers of `photometric` for `view0`, for contrast."""
+    """float32 (B, 9) in [0, 1): random numbers for `photometric` on `view0`, for contrast."""
     colour1: Tensor
-    """float32 (B, 9) in [0, 1): random numbers of `photometric` for `view1`, for contrast."""
+    """float32 (B, 9) in [0, 1): random numbers for `photometric` on `view1`, for contrast."""
 
     # ------------------------------------------------------------------------------------------------- what is learned
 
@@ -41,7 +42,7 @@ class Batch(TypedDict, total=False):
     classification, and contrast in evaluation."""
     mask: Tensor
     """bool (B, h, w): True for a masked patch, for pretrain. int16 (B, S, S): the class of each pixel, `IGNORE` for
-    pixels that do not count, for segment in training."""
+    ignored pixels, for segment in training."""
     masks: list[Tensor]
     """uint8 (n, h, w) each, 0 or 1: masks of the n objects of an image, if there are masks, for detect in training.
     int16 (h, w) each: the class of each pixel of an uncropped image, for segment in evaluation."""

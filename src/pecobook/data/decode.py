@@ -1,10 +1,10 @@
-"""Decodes image files of every mode to tensors. Any error of decoding becomes a `BadImage`.
+"""Decodes image files of every mode to tensors. Any decoding error becomes a `BadImage`.
 
 torchvision decodes 8-bit JPEG and WebP, in half to three quarters of Pillow's time; Pillow decodes all other images,
-and those that torchvision refuses. The header says which. That of a usual JPEG is read here, in 3 microseconds; all
-other headers are read by Pillow, which takes up to 100.
+and those that torchvision refuses. The header determines which. A usual JPEG's header is read here, in 3 microseconds;
+all other headers are read by Pillow, which takes up to 100.
 
-PNG images go to Pillow on purpose: `decode_png` of torchvision 0.29 crashes the process (segmentation fault) on some
+PNG images go to Pillow on purpose: torchvision 0.29's `decode_png` crashes the process (segmentation fault) on some
 corrupt files, which would end a run of many hours, and it prints libpng's warnings about colour profiles.
 """
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 2**27
-"""An image of more pixels is bad: it would take more than 512 MiB as RGBA. PECOBOOK_MAX_PIXELS overrides this."""
+"""An image with more pixels is bad: it would take more than 512 MiB as RGBA. PECOBOOK_MAX_PIXELS overrides this."""
 MAX_BYTES = 2**30
-"""An image file of more bytes is bad; it is not read."""
+"""An image file with more bytes is bad; it is not read."""
 REDUCED_PIXELS = 2**23
-"""A JPEG of more pixels may be decoded at a smaller size."""
+"""A JPEG with more pixels may be decoded at a smaller size."""
 Range: TypeAlias = ValueRange | Survey
 _STRIP_PIXELS = 2**22
 _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
 """Tags of EXIF and TIFF."""
 _RGB = 3
-"""torchvision's number of its mode RGB."""
+"""torchvision's code for its mode RGB."""
 _SCAN = 0xDA
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _HARMLESS = frozenset({0xC4, 0xDB, 0xDD, 0xE0, 0xED, 0xEE, 0xFE})
@@ -77,22 +77,22 @@ class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
 def decode(data: bytes, *, name: str = "image", value_range: Range | None = None, shortest: int = 0) -> Tensor:
     """Decode the bytes of an image file.
 
-    The orientation of the EXIF data is applied. An animation gives its first frame, a file of several pages its first
-    page. Transparent images are composited on white. Images of 8 bits keep their values. Of images with more bits,
-    `value_range` becomes 0..255; without it the range is that of the type: 0..65535 for 16 bits, 0..1 for floats within
-    [0, 1]. Colour profiles are ignored.
+    The EXIF orientation is applied. Of an animation the first frame is used, of a multi-page file the first page.
+    Transparent images are composited on white. 8-bit images keep their values. In images with more bits, `value_range`
+    is mapped to 0..255; without it the range is that of the type: 0..65535 for 16 bits, 0..1 for floats within [0, 1].
+    Colour profiles are ignored.
 
     Args:
         data: the file's bytes.
         name: the image's name in an error.
-        value_range: the values that become black and white, for images with more than 8 bits; a `Survey` sees the
-            values, and the pixels that are then returned have no meaning.
-        shortest: above 0, a JPEG of more than `REDUCED_PIXELS` may be decoded at a half, a quarter or an eighth of its
-            size, as long as its shorter side keeps this many pixels; that saves memory and half of the time.
+        value_range: the values mapped to black and white in images with more than 8 bits; a `Survey` inspects the
+            values, and the returned pixels then have no meaning.
+        shortest: if above 0, a JPEG with more than `REDUCED_PIXELS` may be decoded at a half, a quarter or an eighth of
+            its size, as long as its shorter side keeps this many pixels; that saves memory and half of the time.
 
     Returns:
-        uint8 (3, H, W), RGB. The memory layout is mostly H, W, channels, which is the fastest one to resize, so the
-        tensor is not contiguous.
+        uint8 (3, H, W), RGB. The memory layout is usually H, W, channels, which is the fastest to resize, so the tensor
+        is not contiguous.
 
     Raises:
         BadImage: the bytes are empty, not an image, truncated or otherwise damaged; the image has more than
@@ -138,9 +138,9 @@ def _decode(data: bytes, value_range: Range | None, shortest: int) -> Tensor:
 
 
 def _is_plain_jpeg(data: bytes, shortest: int) -> bool:
-    """Return whether a file is a JPEG of 8 bits, grey or of three colours, that needs no more than to be decoded.
+    """Return whether a file is an 8-bit JPEG, grey or with three colours, that only needs to be decoded.
 
-    Metadata that may hold an orientation or further images, an unusual order of the header, too many pixels, and a size
+    Metadata that may contain an orientation or further images, an unusual header order, too many pixels, and a size
     that may be reduced are left to Pillow.
     """
     if data[:3] != b"\xff\xd8\xff":
@@ -163,7 +163,7 @@ def _is_plain_jpeg(data: bytes, shortest: int) -> bool:
 
 
 def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
-    """Open an image with Pillow, which reads the header alone. Raises BadImage for more than `max_pixels()` pixels."""
+    """Open an image with Pillow, which reads only the header. Raises BadImage for more than `max_pixels()` pixels."""
     import PIL.Image
 
     from pecobook.data.formats import register
@@ -181,7 +181,8 @@ def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
 
 
 def check_png(data: bytes, name: str = "") -> None:
-    """Raise BadImage if the pixels of a PNG do not have their checksum: Pillow makes pixels of zeros at the end."""
+    """Raise BadImage if a PNG's pixels do not match their checksum: Pillow fills missing pixels at the end with
+    zeros."""
     start, kind = 8, b""
     while kind != b"IEND" and start + 8 < len(data):
         kind, end = data[start + 4 : start + 8], start + 8 + int.from_bytes(data[start : start + 4], "big")
@@ -203,7 +204,7 @@ def _is_fast(image: Image) -> bool:
 
 
 def _is_reduced(image: Image, shortest: int) -> bool:
-    """Let the decoder of a large JPEG reduce it while its sides keep `shortest` pixels; return whether it will."""
+    """Let a large JPEG's decoder reduce it while its sides keep `shortest` pixels; return whether it will."""
     size = image.size
     if image.format != "WEBP" and size[0] * size[1] > REDUCED_PIXELS:
         image.draft(image.mode, (shortest, shortest))
@@ -211,7 +212,7 @@ def _is_reduced(image: Image, shortest: int) -> bool:
 
 
 def _decode_fast(data: bytes, format_name: str | None) -> Tensor:
-    """Decode with torchvision, not turned. Raises RuntimeError for a damaged file, and where torchvision cannot."""
+    """Decode with torchvision, not rotated. Raises RuntimeError for a damaged file, and if torchvision cannot."""
     decoder = _decoders().get("WEBP" if format_name == "WEBP" else "JPEG")
     if decoder is None:
         raise RuntimeError("this torchvision has no decoders")
@@ -222,7 +223,7 @@ def _decode_fast(data: bytes, format_name: str | None) -> Tensor:
 
 @functools.cache
 def _decoders() -> dict[str, Any]:
-    """Return torchvision's operators, of which the functions of torchvision.io warn that they may be removed."""
+    """Return torchvision's operators; the functions of torchvision.io warn that they may be removed."""
     import torchvision.io  # noqa: F401 (registers the operators)
 
     with warnings.catch_warnings():
@@ -233,7 +234,7 @@ def _decoders() -> dict[str, Any]:
 
 
 def from_pillow(image: Image) -> Tensor:
-    """Decode an opened image of 8 bits with Pillow, upright: uint8 (3, H, W)."""
+    """Decode an opened 8-bit image with Pillow, upright: uint8 (3, H, W)."""
     image.load()
     width, height = image.size
     rows = max(_STRIP_PIXELS // max(width, 1), 1)
@@ -258,7 +259,7 @@ def _convert(image: Image) -> npt.NDArray[np.uint8]:
 
 
 def _from_values(deep: DeepImage, value_range: ValueRange | None) -> Tensor:
-    """Convert values to uint8 (3, H, W), not turned. Raises BadImage if they have no range."""
+    """Convert values to uint8 (3, H, W), not rotated. Raises BadImage if they have no range."""
     natural_range = deep.natural_range
     if deep.values.dtype.kind == "f":
         finite = deep.values[np.isfinite(deep.values)]
@@ -272,9 +273,9 @@ def _from_values(deep: DeepImage, value_range: ValueRange | None) -> Tensor:
 
 
 def orientation_of(image: Image) -> int:
-    """Return the EXIF orientation of an opened image, 1 to 8; 1 where there is none, or no valid one.
+    """Return the EXIF orientation of an opened image, 1 to 8; 1 if there is none or no valid one.
 
-    The orientation of an XMP segment counts where the image has no EXIF orientation, as in Pillow. A PNG can state its
+    The orientation in an XMP segment counts if the image has no EXIF orientation, as in Pillow. A PNG can state its
     orientation after its pixels: it must be loaded first, unless `_has_late_metadata` is False.
     """
     import PIL.Image
@@ -289,7 +290,7 @@ def orientation_of(image: Image) -> int:
 
 
 def turn(pixels: Tensor, orientation: int) -> Tensor:
-    """Turn an image (..., H, W) upright, given its EXIF orientation; 5 to 8 exchange height and width."""
+    """Rotate an image (..., H, W) upright, given its EXIF orientation; 5 to 8 exchange height and width."""
     if orientation >= 5:
         pixels = pixels.transpose(-1, -2)
     sides = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation)
@@ -321,7 +322,7 @@ def _too_many(limit: int) -> str:
 def read_file(path: Path | bytes, name: str = "") -> bytes:
     """Read an image file, which must be a regular file of at most `MAX_BYTES`. Raises BadImage, with `name` or path.
 
-    A named pipe would block for ever, and a device such as /dev/zero never ends, so neither is opened.
+    A named pipe would block forever, and a device such as /dev/zero never ends, so neither is opened.
     """
     try:
         status = os.stat(path)  # noqa: PTH116 (bytes)
@@ -371,7 +372,7 @@ def header_size(file: Path | bytes) -> tuple[int, int] | None:
 
 
 def _has_late_metadata(image: Image) -> bool:
-    """Return whether a PNG holds text or EXIF data after its first pixels."""
+    """Return whether a PNG contains text or EXIF data after its first pixels."""
     file = getattr(image, "fp", None)
     assert file is not None
     start, position, has_pixels, kind = file.tell(), 8, False, b""

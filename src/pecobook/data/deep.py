@@ -1,11 +1,11 @@
-"""Reads images with more than 8 bits in each channel, and maps their values to 8 bits.
+"""Reads images with more than 8 bits per channel, and maps their values to 8 bits.
 
-A 16-bit container often holds the 12 bits of a camera, and 32-bit integers and floats have no agreed range at all. So
-the range of the values that become black and white belongs to the whole data set, not to an image: see
+A 16-bit container often holds a camera's 12 bits, and 32-bit integers and floats have no agreed range at all. The range
+of values mapped to black and white therefore belongs to the whole data set, not to an image: see
 `pecobook.data.value_range`.
 
-Pillow reads one deep channel as it is. Of 16-bit colours Pillow keeps the high bytes only; decoded a second time with
-the order of the bytes exchanged, the same file gives the low bytes.
+Pillow reads a single deep channel as it is. Of 16-bit colours Pillow keeps only the high bytes; decoded a second time
+with the byte order swapped, the same file gives the low bytes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Values = npt.NDArray[np.generic]
 Pixels = npt.NDArray[np.uint8]
 
 _DEPTHS = tuple(range(8, 33, 2))
-"""Bits of usual sensors and files; at two bits between them, values up to the largest fill a quarter or more."""
+"""Bit depths of usual sensors and files; at two bits between them, values up to the largest fill a quarter or more."""
 _VALUES = 4096
-"""Number of values of each image that a survey keeps."""
+"""Number of values per image that a survey keeps."""
 _OTHERS, _DRAFT = 8, 256
-"""Number of images of 8 bits that a survey decodes, and the side to which it reduces JPEG images, pixels."""
+"""Number of 8-bit images that a survey decodes, and the side to which it reduces JPEG images, in pixels."""
 _STRIP = 2**22
 """Number of values that are mapped to 8 bits at once, which limits the memory for floats."""
 _SIGNED, _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 2, 258, 262, 339
 """A sample format of TIFF, and tags of TIFF."""
 _SWAPPED = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
-"""Raw modes for which Pillow forgets that libtiff has exchanged the bytes already, and the right ones."""
+"""Raw modes for which Pillow forgets that libtiff has already swapped the bytes, and the right ones."""
 
 
 class ValueRange(NamedTuple):
-    """The values that become black and white; values outside become black or white too."""
+    """The values mapped to black and white; values outside become black or white too."""
 
     low: float
     high: float
@@ -55,20 +55,20 @@ FULL_16_BITS = ValueRange(0.0, 65_535.0)
 
 
 class DeepImage(NamedTuple):
-    """The values of an image with more than 8 bits in each channel; rows and columns are as in the file."""
+    """The values of an image with more than 8 bits per channel; rows and columns are as in the file."""
 
     values: Values
     """(H, W, C), integers or floats; C is 1 or 3."""
     alpha: Pixels | None
     """Opacity (H, W) in 0..255, or None."""
     natural_range: ValueRange | None
-    """The range that the type of the file states; None for floats, for 32-bit integers and for signed integers."""
+    """The range that the file's type states; None for floats, 32-bit integers and signed integers."""
     is_inverted: bool = False
-    """Whether low values are white (a TIFF of the kind WhiteIsZero)."""
+    """Whether low values are white (a WhiteIsZero TIFF)."""
 
 
 def read_deep(image: Image, data: bytes) -> DeepImage | None:
-    """Read an opened image that is not loaded yet; None for an image of 8 bits. The image is loaded afterwards.
+    """Read an opened image that is not loaded yet; None for an 8-bit image. The image is loaded afterwards.
 
     Raises:
         ValueError: the image has 16-bit colours in a layout that cannot be read.
@@ -92,7 +92,7 @@ def read_deep(image: Image, data: bytes) -> DeepImage | None:
 
 
 def is_signed_byte(image: Image) -> bool:
-    """Return whether a TIFF holds numbers from -128 to 127, of which Pillow takes those below 0 for 128 to 255."""
+    """Return whether a TIFF contains numbers from -128 to 127; Pillow reads those below 0 as 128 to 255."""
     return image.mode == "L" and getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,))
 
 
@@ -116,10 +116,10 @@ def to_8_bits(deep: DeepImage, value_range: ValueRange) -> Pixels:
 
 
 class Survey:
-    """Looks at the values of some images, in place of a range, to find the range of all images of a set.
+    """Inspects the values of some images, in place of a range, to find the range of all images of a set.
 
     Attributes:
-        num_deep: how many images with more than 8 bits were seen.
+        num_deep: number of images with more than 8 bits that were seen.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class Survey:
         self._values: dict[bool, list[npt.NDArray[np.float64]]] = {True: [], False: []}  # a few, by whether deep
 
     def see(self, image: Image, data: bytes) -> None:
-        """Look at an opened image that is not loaded yet; of the images with 8 bits only the first few are decoded."""
+        """Inspect an opened image that is not loaded yet; of the 8-bit images only the first few are decoded."""
         deep = read_deep(image, data)
         if deep is not None:
             self.num_deep += 1
@@ -154,7 +154,7 @@ class Survey:
         self._values[True].append(_some(finite))
 
     def value_range(self) -> ValueRange | None:
-        """Return the range of the set; None if all images that were seen have 8 bits.
+        """Return the range of the set; None if all images seen have 8 bits.
 
         Integers from 0 up get the smallest even number of bits from 8 to 32 that holds them all. Floats within
         [0, 1] get 0..1. All others get their smallest and their largest value.
@@ -227,7 +227,7 @@ def _read_ppm(image: Image, data: bytes, *, offset: int, max_value: int, is_plai
 
 
 def _read_colours(image: Image, data: bytes, raw_mode: str) -> DeepImage:
-    """Read 16-bit colours, or 16-bit grey with alpha, from two decodings of 8 bits."""
+    """Read 16-bit colours, or 16-bit grey with alpha, from two 8-bit decodings."""
     transparent = image.info.get("transparency")
     if raw_mode == "LA;16B":
         _set_raw_mode(image, "RGBA")  # four bytes for each pixel: high and low of grey, high and low of alpha
@@ -256,7 +256,7 @@ def _join(high: Pixels, low: Pixels) -> Values:
 
 
 def _set_raw_mode(image: Image, raw_mode: str) -> None:
-    """Let Pillow take the bytes of a file for pixels of another raw mode, of the same number of bytes."""
+    """Make Pillow read a file's bytes as pixels of another raw mode with the same number of bytes."""
     tiles = []
     for tile in image.tile:  # type: ignore[attr-defined]
         arguments = (raw_mode, *tile[3][1:]) if isinstance(tile[3], tuple) else raw_mode

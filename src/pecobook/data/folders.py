@@ -1,8 +1,8 @@
 """Opens a folder as a source: a folder of images, of parquet files or of tar shards.
 
-A folder of a million files must open in seconds, so `walk` reads only the names of files. The names are stored as one
-Arrow column, which takes 8 bytes beside the letters of a name instead of one Python object, and which forked workers
-share instead of copying.
+A folder of a million files must open in seconds, so `walk` reads only the file names. They are stored as one Arrow
+column, which takes 8 bytes plus the letters of a name instead of a Python object, and which forked workers share
+instead of copying.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FileStore(Store):
         return len(self._paths)
 
     def identify(self, row: int) -> str:
-        """Return the path as text that can be printed and logged, even if the path is not valid Unicode."""
+        """Return the path as text that can be printed and logged, even if it is not valid Unicode."""
         return os.fsencode(self.file(row)).decode(errors="replace")
 
     def file(self, row: int) -> Path:
@@ -81,14 +81,14 @@ class FileStore(Store):
             yield from (self._prefix + path for path in paths)
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""
+        """Return a hash of the relative paths. It does not include bytes: a good file may replace a damaged one."""
         digest = hashlib.sha256()
         for paths in self._names(rows):
             digest.update(b"\0".join(paths) + b"\0")
         return digest.hexdigest()
 
     def _names(self, rows: Integers) -> Iterator[list[bytes]]:
-        """Yield the relative paths of the rows, some at a time."""
+        """Yield the relative paths of the rows, a few at a time."""
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
             first = int(part.min())
@@ -103,7 +103,7 @@ class ImageNames:
     Attributes:
         chunks: relative paths, as Arrow arrays of at most `_CHUNK` rows.
         group_of: for each image, the index of its folder in `groups`, in four bytes.
-        groups: the folders that hold images, as the names on the way from the top.
+        groups: the folders that contain images, as names from the top downwards.
     """
 
     chunks: list[Any] = field(default_factory=list)
@@ -112,7 +112,7 @@ class ImageNames:
     _names: list[bytes] = field(default_factory=list)
 
     def add(self, path: bytes, group: Folder) -> None:
-        """Add a file of a folder; the files of a folder come one after the other."""
+        """Add a file of a folder; the files of a folder come one after another."""
         if not self.groups or self.groups[-1] is not group:
             self.groups.append(group)
         self._names.append(path)
@@ -121,7 +121,7 @@ class ImageNames:
             self.finish()
 
     def holds(self, group: Folder) -> bool:
-        """Return whether the folder whose files were added last is `group`."""
+        """Return whether `group` is the folder whose files were added last."""
         return bool(self.groups) and self.groups[-1] is group
 
     def finish(self) -> None:
@@ -139,7 +139,7 @@ class Listing(ImageNames):
         tables: parquet files.
         shards: tar files.
         left_out: why other files and folders are not used, and how many there are.
-        without_images: the folders that hold neither an image nor a folder.
+        without_images: the folders that contain neither an image nor a folder.
     """
 
     tables: list[Path] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""Puts the large columns of a source, names and integers, into files that are mapped into memory.
+"""Puts a source's large columns, names and integers, into memory-mapped files.
 
-The pages of such a file belong to the system, which drops those that are not used and reads them again; forked
-processes share them. What a process holds for itself then does not grow with the number of images.
+The pages of such a file belong to the system, which drops unused ones and reads them again; forked processes share
+them. A process's own memory then does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pecobook.errors import first_line
 from pecobook.utils.printer import say_once
 
 LEAST_BYTES = 2**24
-"""Bytes from which on a column is mapped."""
+"""Number of bytes from which a column is mapped."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 T = TypeVar("T")
 
 
 def mapped(column: T) -> T:
-    """Return a column whose memory is a file without a name, which goes with the last process that maps it.
+    """Return a column whose memory is an unnamed file, which disappears with the last process that maps it.
 
-    A column below 16 MiB, and one for which the cache has no room, is returned as it is.
+    A column below 16 MiB, and one that does not fit into the cache, is returned unchanged.
 
     Args:
         column: a NumPy array, or an Arrow array, in one part or several.
 
     Returns:
-        the same values, not to be written. Pickled, it holds the values.
+        the same values, read-only. Pickling stores the values.
     """
     if column.nbytes < LEAST_BYTES:  # type: ignore[attr-defined]
         return column
@@ -89,7 +89,7 @@ def _file(folder: Path, size: int, write: Callable[[IO[bytes]], object]) -> mmap
 
 
 def _is_memory(folder: Path) -> bool:
-    """Return whether the files of a folder are held in memory."""
+    """Return whether a folder's files are held in memory."""
     device = folder.stat().st_dev
     with contextlib.suppress(OSError):  # not Linux
         for line in os.fsdecode(_MOUNTS.read_bytes()).splitlines():

@@ -1,12 +1,12 @@
-"""What the names of files and folders say: the splits, images, masks, and what is no part of the data.
+"""What file and folder names say: the splits, images, masks, and what is not part of the data.
 
     train         train, training, trainval
     validation    val, valid, validation, dev, eval, evaluation
     test          test, testing
 
-These names of splits hold for every form of source: folders, parquet files, tar shards, the hub, masks and boxes. Upper
-and lower case do not matter, and "set" may follow: "training_set", "testset". A whole word declares a split, so
-"imagenet_val.parquet", "TrainImages" and "train2017" declare one, "testaccio.tar" and "valencia.parquet" do not.
+These split names apply to every kind of source: folders, parquet files, tar shards, the hub, masks and boxes. Case does
+not matter, and "set" may follow: "training_set", "testset". Only a whole word declares a split, so
+"imagenet_val.parquet", "TrainImages" and "train2017" declare one; "testaccio.tar" and "valencia.parquet" do not.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MASK_FOLDERS = frozenset(
         *("segmentationclass", "segmentationclassraw", "segmentations", "segmentation", "groundtruth"),
     )
 )
-"""Names of folders that tell images from masks, in lower case."""
+"""Names of folders that distinguish images from masks, in lower case."""
 MASK_ENDINGS = frozenset(["seg", "segmentation", "mask", "masks", "label", "labels", "annotation", "gt", "depth"])
-"""Endings of the names of masks in a tar shard, as in x.seg.png."""
+"""Endings of mask names in a tar shard, as in x.seg.png."""
 MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 IN_FOLDER_OF_MASKS = "in a folder of masks"
 BESIDE_ITS_IMAGE = "mask beside its image, such as x_mask.png"
-"""The reasons under which masks are counted that a command without masks leaves out."""
+"""The reasons under which a command without masks counts the masks that it leaves out."""
 _MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
 _MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
 _SPLIT_OF_WORD = {
@@ -53,13 +53,13 @@ _WEAK = frozenset({"dev", "evaluation", "eval"})
 _NOT_THE_USERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
-"""Folders that macOS adds to a zip archive, with a shadow of each file; that network storage adds, with thumbnails; of
-removed files; and of file systems."""
+"""Folders that macOS adds to a zip archive, with a shadow of each file; that network storage adds, with thumbnails; and
+those of removed files and of file systems."""
 _ABOUT = frozenset({"", ".txt", ".md", ".pdf", ".html", ".rst"})
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether the name of a file or a folder is not shown to users, or of no file of theirs."""
+    """Return whether a file or folder name is hidden from users, or does not belong to their data."""
     return (name.startswith(".") and name not in (".", "..")) or name in _NOT_THE_USERS
 
 
@@ -72,7 +72,7 @@ def refuse_folder(error: OSError) -> NoReturn:
 
 
 def split_of_name(name: str) -> str | None:
-    """Return the split that one name declares: "train", "validation", "test" or None."""
+    """Return the split that a single name declares: "train", "validation", "test" or None."""
     match = split_and_rest(name)
     return match and match[0]
 
@@ -84,12 +84,12 @@ def split_of_path(path: str) -> str | None:
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str]:
-    """Return the split of each folder that declares one, given the names of all folders of one level.
+    """Return the split of each folder that declares one, given the names of all folders at one level.
 
     Folders declare splits only together, because one of them may be the class "train" of a set of vehicles: a folder of
     training images and one of validation or test images whose names are equal apart from the split's word, such as
-    "train" and "valid", "seg_train" and "seg_test", or "train2017" and "val2017". Other folders beside them declare
-    nothing. Where no two names are equal in this way ("train_1", "train_2", "test"), every folder must name a split.
+    "train" and "valid", "seg_train" and "seg_test", or "train2017" and "val2017". Other folders next to them declare
+    nothing. If no two names are equal in this way ("train_1", "train_2", "test"), every folder must name a split.
     """
     all_names = set(names)
     found = {name: match for name in sorted(all_names) if (match := split_and_rest(name))}
@@ -107,7 +107,7 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
 def inside_wrapper(root: Path) -> Path:
     """Return the folder that an unpacked archive wraps: the only folder of `root`, unless that declares a split.
 
-    Hidden entries and files about the data, such as a README, do not count.
+    Hidden entries and files about the data, such as a README, are ignored.
     """
     while True:
         entries = [entry for entry in root.iterdir() if not is_hidden(entry.name)]
@@ -119,7 +119,7 @@ def inside_wrapper(root: Path) -> Path:
 
 
 def is_split_folder(name: str) -> bool:
-    """Return whether a name is that of a split and nothing else, such as "Training" or "test_set"."""
+    """Return whether a name is a split name and nothing else, such as "Training" or "test_set"."""
     match = split_and_rest(name)
     return match is not None and not match[1]
 
@@ -131,7 +131,7 @@ def group_by_split(names: Iterable[str]) -> tuple[dict[str, list[int]], list[int
     the declared splits are ignored and all files are "train".
 
     Returns:
-        the indices of each split, and the indices that declare no split beside others that do: these are not used.
+        the indices of each split, and the indices that declare no split although others do: these are not used.
     """
     groups: dict[str, list[int]] = {}
     for number, name in enumerate(names):
@@ -168,7 +168,7 @@ def split_and_rest(name: str) -> tuple[str, str] | None:
 
 
 def masks_among(names: list[bytes]) -> set[bytes]:
-    """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
+    """Return names such as "x_mask.png" or "x_mask_1.png" of files next to "x.jpg", given all files of a folder."""
 
     def stem(name: bytes) -> bytes:
         return name.rpartition(b".")[0].lower()

@@ -1,10 +1,10 @@
-"""From what a source holds to its splits: `Labels`, `Part`, `Contents` and `assemble`.
+"""From the contents of a source to its splits: `Labels`, `Part`, `Contents` and `assemble`.
 
-A `Part` is the rows of one declared split. The module of each form of source (folders.py, tables.py, shards.py) makes
+A `Part` is the rows of one declared split. The module for each kind of source (folders.py, tables.py, shards.py) makes
 parts, and `assemble` turns them into `Splits`.
 
-Labels are used if every image of a split has one and there are at least two classes. Otherwise the source counts as one
-without labels, and `ImageSource.unlabelled` names the images or the class that are the reason.
+Labels are used if every image of a split has one and there are at least two classes. Otherwise the source counts as
+unlabelled, and `ImageSource.unlabelled` names the images or the class responsible.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pecobook.errors import ConfigError, DataError, did_you_mean
 
 @dataclass(frozen=True)
 class Labels:
-    """A column of labels: `codes` int64 (n,) are indices in `names`; -1 marks an image without a label."""
+    """A column of labels: `codes`, int64 (n,), index into `names`; -1 marks an image without a label."""
 
     codes: Integers
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class Part:
         store: the images of all splits, or of this one.
         rows: the rows of the store that belong to the split.
         labels: the labels of these rows, or None.
-        unlabelled: why `labels` is None, if more can be said than that; a `Note` if the user gave labels.
+        unlabelled: why `labels` is None, if there is more to say; a `Note` if the user gave labels.
         lacks_label: what is wrong with an image whose label is -1.
     """
 
@@ -50,7 +50,7 @@ class Part:
     lacks_label: str = "have no label"
 
     def label_problem(self, split: str) -> str:
-        """Return why the labels of `split` cannot be used; an empty text if they can be, or if there are none."""
+        """Return why the labels of `split` cannot be used; an empty string if they can be, or if there are none."""
         if self.labels is None or not len(self.rows):
             return self.unlabelled
         missing = np.flatnonzero(self.labels.codes < 0)
@@ -67,7 +67,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a source holds, before `assemble` chooses the evaluation split.
+    """The contents of a source, before `assemble` chooses the evaluation split.
 
     Attributes:
         parts: "train" and further declared splits.
@@ -86,7 +86,7 @@ def assemble(source: str, contents: Contents) -> Splits:
     """Make `Splits` from the part "train" and, if declared, the parts "test" and "validation"; large ones are mapped.
 
     Raises:
-        DataError: there is no training image, or a class of the evaluation split is missing in training.
+        DataError: there is no training image, or training lacks a class of the evaluation split.
     """
     splits = _assembled(source, contents)
     for part in (splits.train, splits.evaluation):
@@ -150,7 +150,7 @@ _NUMBERED = re.compile(r"(\d{1,6})\s*[\s,;:=]\s*(\S.*)")
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a label stands for "unknown": None, NaN, a negative number, or an empty text."""
+    """Return whether a label means "unknown": None, NaN, a negative number, or an empty string."""
     return value is None or (not value.strip() if isinstance(value, str) else not value >= 0)
 
 
@@ -163,15 +163,15 @@ def encode_labels(
 ) -> Labels:
     """Convert labels to codes; a missing value gets the code -1.
 
-    If `names` is given, numbers are indices in it, and texts are sought in it. Otherwise, and if it lacks a text, the
-    sorted values become the names.
+    If `names` is given, numbers are indices into it, and texts are looked up in it. Otherwise, and if it lacks a text,
+    the sorted values become the names.
 
     Args:
         source: the value of `--data`.
-        numbers: for each image the place of its label in `values`; -1 without one.
-        values: the distinct labels, of which some may be of no image.
+        numbers: for each image, the position of its label in `values`; -1 without one.
+        values: the distinct labels, some of which may belong to no image.
         names: the names of the classes.
-        identify: returns the name of an image by its position in `numbers`, for the message of an error.
+        identify: returns an image's name from its position in `numbers`, for error messages.
 
     Raises:
         DataError: a value has no name in `names`.
@@ -200,7 +200,7 @@ def encode_labels(
 
 
 def first_and_count(numbers: Integers, wrong: Sequence[bool]) -> tuple[int, int] | None:
-    """Return the first image whose label is wrong, and how many there are; None without one.
+    """Return the first image with a wrong label, and how many there are; None without one.
 
     Args:
         numbers: see `encode_labels`.
@@ -211,17 +211,17 @@ def first_and_count(numbers: Integers, wrong: Sequence[bool]) -> tuple[int, int]
 
 
 def distinct_values(column: Any) -> tuple[Integers, list[Any]]:
-    """Return the distinct values of an Arrow column, and for each row the place of its value, -1 without one."""
+    """Return an Arrow column's distinct values, and for each row the position of its value, -1 without one."""
     encoded = column.dictionary_encode().combine_chunks()
     encoded = encoded.chunk(0) if hasattr(encoded, "chunk") else encoded
     return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
 
 
 def class_names(path: Path) -> tuple[str, ...] | None:
-    """Return the names in `classes.txt`, in label order: a name on each line, "id<tab>name" or "label name".
+    """Return the names in `classes.txt`, in label order: one name per line, "id<tab>name" or "label name".
 
-    The id of "id<tab>name" is left out if all names differ. A name that stands there twice gets its label behind it.
-    Raises DataError if the file cannot be read.
+    The id of "id<tab>name" is dropped if all names differ. A duplicate name gets its label appended. Raises DataError
+    if the file cannot be read.
     """
     if not path.is_file():
         return None
@@ -239,21 +239,21 @@ def class_names(path: Path) -> tuple[str, ...] | None:
 
 
 def one_form(name: str) -> str:
-    """Return the name of a class with its accents as most programs write them: macOS splits them from their letters."""
+    """Return a class name with its accents as most programs write them: macOS separates them from their letters."""
     return unicodedata.normalize("NFC", name)
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of classes in label order, where a name that stands there twice gets its label behind it."""
+    """Return the class names in label order; a duplicate name gets its label appended."""
     names = list(map(one_form, names))
     counts = Counter(names)
     return tuple(f"{name} ({label})" if counts[name] > 1 else name for label, name in enumerate(names))
 
 
 def class_indices(trained: Sequence[str], classes: Sequence[str], classifier: str, data: str) -> list[int]:
-    """Return the index of each of the data's classes among those of a classifier, matched by name.
+    """Return the index of each of the data's classes among a classifier's, matched by name.
 
-    Raises ConfigError, which names the classifier and the data, when the classifier does not have a class.
+    Raises ConfigError, which names the classifier and the data, if the classifier lacks a class.
     """
     index_of = {one_form(label): index for index, label in enumerate(trained)}
     classes = list(map(one_form, classes))

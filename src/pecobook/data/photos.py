@@ -1,7 +1,7 @@
-"""The source `photos`: the photographs that scikit-image and scikit-learn install, for a machine without a network.
+"""The source `photos`: photographs installed with scikit-image and scikit-learn, for a machine without a network.
 
-Each photograph is cut into tiles. A tile is an image, and the photograph is its class. The files are read from where
-they are installed, without importing the libraries: this is faster, and the libraries' loaders may try to download.
+Each photograph is cut into tiles. A tile is an image, and the photograph is its class. The files are read directly,
+without importing the libraries: this is faster, and the libraries' loaders may try to download.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PhotoStore(Store):
 def open_photos() -> Splits:
     """Open the built-in photographs: 48 x 48 px tiles of 17 photographs.
 
-    Each photograph is first reduced to a short side of at most 512 px. In every photograph, regions of 2 x 2 tiles
+    Each photograph is first scaled down to a short side of at most 512 px. In every photograph, regions of 2 x 2 tiles
     along diagonals, about a quarter of the tiles, are held out for evaluation; no training tile shares a pixel with
     them.
 
@@ -138,7 +138,7 @@ def _reduced_size(width: int, height: int) -> tuple[int, int]:
 
 @functools.cache
 def load_photo(name: str) -> Tensor:
-    """Load a photograph, uint8 (3, H, W). It is decoded once and shared with processes that are forked later."""
+    """Load a photograph, uint8 (3, H, W). It is decoded once and shared with processes forked later."""
     from PIL import Image
 
     try:

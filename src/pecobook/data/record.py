@@ -1,12 +1,12 @@
-"""The record of a source's files, by which a resumed run, and a reader of a token bank, notices that the data changed.
+"""The record of a source's files, by which a resumed run, or a reader of a token bank, notices changed data.
 
-A record holds the name, size and time of the last change of every file that the images, masks and labels come from.
-Taking it costs one request to the file system for each file, and opens few of them: it also holds a hash of the content
-of some files spread over the source, so that a copy, whose times all differ, is told from other images. With `verify`
-it holds the content of every file. A data set of the Hugging Face hub counts as one file for each split.
+A record contains the name, size and modification time of every file that the images, masks and labels come from. Taking
+it costs one file system request per file, and opens few of them: it also contains a content hash of some files spread
+over the source, so that a copy, whose times all differ, can be distinguished from other images. With `verify` it
+contains the content hash of every file. A data set on the Hugging Face hub counts as one file per split.
 
-On disk the record is a parquet file: a million images take about 10 MB. In memory the names are one Arrow
-column, and a file takes 24 bytes beside the letters of its name.
+On disk the record is a parquet file: a million images take about 10 MB. In memory the names are one Arrow column, and a
+file takes 24 bytes plus the letters of its name.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from pecobook.utils.files import write_atomically
 FILE = "data.parquet"
 _SAMPLE = 256
 _WHOLE = 2**20
-"""Bytes up to which a file of the sample is read whole; of a larger one both ends are read."""
+"""Number of bytes up to which a sampled file is read whole; of a larger one both ends are read."""
 _END = 2**16
 _ABSENT = -1
 """Size and time of a file that cannot be found."""
 _BLOCK, _PART = 4096, 2**16
-"""Names that are looked up and gathered at a time."""
+"""Number of names looked up and gathered at a time."""
 _THREADS = 16
-"""Requests under way at once: a shared file system takes as long for one as for many."""
+"""Number of concurrent requests: a shared file system takes as long for one as for many."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,9 +54,9 @@ class Record:
     Attributes:
         names: paths relative to the folder of the source, absolute outside of it; an Arrow array of large binary (n,).
         sizes: bytes, int64 (n,).
-        times: times of the last change in nanoseconds, int64 (n,).
-        contents: hashes of the contents that were read, by the number of the file; "~" stands before one of both ends.
-        root: the folder of the source, empty in a record that was read from disk.
+        times: modification times in nanoseconds, int64 (n,).
+        contents: content hashes of the files that were read, by file number; "~" precedes a hash of both ends.
+        root: the folder of the source, empty in a record read from disk.
     """
 
     names: Any
@@ -66,7 +66,7 @@ class Record:
     root: bytes = b""
 
     def write(self, folder: Path) -> None:
-        """Write the record into a run folder or a token bank, whole or not at all."""
+        """Write the record to a run folder or a token bank, completely or not at all."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -79,7 +79,7 @@ class Record:
         write_atomically(folder / FILE, sink.getvalue().to_pybytes())
 
     def content(self, number: int, *, whole: bool) -> str:
-        """Return the hash of the content of a file, or of the ends of a large one unless `whole`; "" if unreadable."""
+        """Return a file's content hash, or that of a large file's ends unless `whole`; "" if unreadable."""
         try:
             with open(os.path.join(self.root, self.names[number].as_py()), "rb") as file:  # noqa: PTH118, PTH123 (bytes)
                 size = os.fstat(file.fileno()).st_size
@@ -91,14 +91,14 @@ class Record:
             return ""
 
     def with_contents(self, numbers: Iterable[int], *, whole: bool) -> Record:
-        """Return the record with the contents of the files `numbers`, of which those that are known are not read."""
+        """Return the record with the content hashes of the files `numbers`; known ones are not read again."""
         unknown = [n for n in numbers if n not in self.contents or (whole and self.contents[n].startswith("~"))]
         read = _in_threads(partial(self.content, whole=whole), unknown)
         return dataclasses.replace(self, contents={**self.contents, **dict(zip(unknown, read, strict=True))})
 
 
 def read(folder: Path) -> Record | None:
-    """Read the record in a run folder or a token bank; None where there is none, as in those of earlier versions.
+    """Read the record in a run folder or a token bank; None if there is none, as in earlier versions.
 
     Raises:
         RunFolderError: the file is damaged.
@@ -151,7 +151,7 @@ def _relative(path: bytes, root: bytes) -> bytes:
 
 
 def _gather(listings: Sequence[Iterable[bytes]], root: bytes) -> tuple[bytes, Any]:
-    """Return the sorted names of files, each once, with the folder to which they are relative."""
+    """Return the sorted file names, each once, with the folder that they are relative to."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -180,7 +180,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _with_split(record: Record, source: ImageSource, *, verify: bool) -> Record:
-    """Return the record with an entry for a split that comes from no files; its "size" is a hash of what is cheap."""
+    """Return the record with an entry for a split that has no files; its "size" is a hash of cheap properties."""
     import pyarrow as pa
 
     digest = hashlib.sha256(f"{source.digest()} {source.num_bytes} {source.classes}".encode())
@@ -230,15 +230,15 @@ def _in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What differs between two records.
+    """The differences between two records.
 
     Attributes:
-        differences: one phrase for each kind of difference, with the number of files and up to three names; empty
-            where the data are the same.
-        same_names: whether both hold the same names.
-        note: a sentence where all is the same but the times, as in a copy.
-        record: the present record, with the contents that the earlier one knew of unchanged files.
-        is_new: whether `record` says more than the earlier one or something else.
+        differences: one phrase for each kind of difference, with the number of files and up to three names; empty if
+            the data are the same.
+        same_names: whether both contain the same names.
+        note: a sentence if everything but the times is the same, as in a copy.
+        record: the current record, with the content hashes that the earlier one had for unchanged files.
+        is_new: whether `record` contains more than the earlier one or something else.
     """
 
     differences: tuple[str, ...]
@@ -252,15 +252,14 @@ class Comparison:
 
 
 def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Comparison:
-    """Compare an earlier record with the present one; contents are read where only times differ.
+    """Compare an earlier record with the current one; contents are read if only times differ.
 
-    Where less than half of the times differ, files were written in place: each is read whose content is known, and one
-    of unknown content counts as changed. Where most differ, the folder was copied or mounted in another way: the sample
-    decides.
+    If less than half of the times differ, files were written in place: each one with a known content hash is read, and
+    one without counts as changed. If most differ, the folder was copied or mounted in another way: the sample decides.
 
     Args:
         before: the earlier record.
-        now: the present record.
+        now: the current record.
         unread: names of images that were left out because they could not be read; these may have changed.
     """
     old, new = _in_both(before.names, now.names)
@@ -308,7 +307,7 @@ def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Compa
 
 
 def _in_both(before: Any, now: Any) -> tuple[Integers, Integers]:
-    """Return the numbers of the names that both records hold, in each of them, in the order of the present one."""
+    """Return the numbers of the names that both records contain, in each of them, in the current one's order."""
     if before.equals(now):  # nearly always
         return np.arange(len(now)), np.arange(len(now))
     import pyarrow.compute as pc
@@ -325,7 +324,7 @@ def _mask(count: int, numbers: Iterable[int] | Integers) -> npt.NDArray[np.bool_
 
 
 def _contents_like(before: Record, now: Record, old: Integers, new: Integers) -> dict[int, str]:
-    """Return the present contents of files, hashed as in the earlier record, by their numbers there."""
+    """Return the current content hashes of files, hashed as in the earlier record, by their numbers there."""
     pairs = list(zip(old.tolist(), new.tolist(), strict=True))
 
     def content(pair: tuple[int, int]) -> str:
@@ -342,7 +341,7 @@ def _comparable(a: str | None, b: str) -> bool:
 
 
 def _same_times(a: Integers, b: Integers) -> Any:
-    """Return whether times are equal, or one is the other in whole seconds or microseconds, as some copies keep it."""
+    """Return whether times are equal, or one is the other in whole seconds or microseconds, as in some copies."""
     same = a == b
     for unit in (10**3, 10**9):
         same |= (a // unit == b // unit) & ((a % unit == 0) | (b % unit == 0))
@@ -350,7 +349,7 @@ def _same_times(a: Integers, b: Integers) -> Any:
 
 
 def _ends_one(name: bytes, paths: Sequence[str]) -> bool:
-    """Return whether a relative name is the end of one of the paths, wherever the folder was then."""
+    """Return whether a relative name is the end of one of the paths, wherever the folder was at that time."""
     text = printable(os.fsencode(name).decode(errors="replace"))
     return any(path == text or path.endswith(f"/{text}") for path in paths)
 

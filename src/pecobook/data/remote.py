@@ -1,9 +1,9 @@
-"""Files on other machines: s3://, gs://, https://, hf:// and all else that fsspec knows, and file:// for this machine.
+"""Files on other machines: s3://, gs://, https://, hf:// and anything else that fsspec knows; file:// is this machine.
 
-A `RemotePath` is a path with the few methods that this package calls on the paths of tar and parquet files. Bytes come
-by range requests of 4 MiB. A request that fails is sent again, with growing pauses. Blocks are kept in a folder of the
-cache which the processes of a machine share: the first that needs a block requests it, while others wait, and the
-blocks that were not used for the longest time are removed where the folder grows beyond its limit.
+A `RemotePath` is a path with the few methods that this package calls on the paths of tar and parquet files. Bytes are
+fetched with range requests of 4 MiB. A failed request is repeated, with growing pauses. Blocks are kept in a cache
+folder which the processes of a machine share: the first one that needs a block requests it, while others wait, and the
+least recently used blocks are removed if the folder grows beyond its limit.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from pecobook.errors import ConfigError, DataError, first_line, shown
 T = TypeVar("T")
 
 BLOCK = 2**22
-"""Bytes of a range request."""
+"""Number of bytes per range request."""
 _ASKED_AGAIN = 60.0
-"""Seconds after which a server is asked anew whether a file is the same."""
+"""Seconds after which a server is asked again whether a file is unchanged."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
 _TIMEOUT = 60.0
-"""Seconds after which a request to a web server that is not answered is given up."""
+"""Seconds after which an unanswered request to a web server is given up."""
 PATIENCE = 300.0
-"""Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
+"""Seconds for which a request is repeated: a longer network outage ends the run, which can be resumed."""
 _SUFFIXES = (".tar", ".parquet")
 _URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory|file)://")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 def is_remote(source: str | Path) -> bool:
-    """Return whether a source is the address of files on another machine."""
+    """Return whether a source is the URL of files on another machine."""
     return _URL.match(str(source)) is not None
 
 
 class RemotePath(PosixPath):
-    """A path of a file on another machine: `str` gives its address.
+    """The path of a file on another machine; `str` returns its URL.
 
-    What stands behind the `?` of an address of a web server, such as a signature that expires, is sent with requests
-    (`url`), but is no part of the file's name or of its version.
+    The part after `?` in a web server's URL, such as a signature that expires, is sent with requests (`url`), but is
+    not part of the file's name or of its version.
     """
 
     @property
     def url(self) -> str:
-        """The address with all that is sent to the server."""
+        """The URL with everything that is sent to the server."""
         address = super().__str__()
         return address.replace(":/", ":///" if address.startswith("file:") else "://", 1)
 
@@ -82,18 +82,18 @@ class RemotePath(PosixPath):
         return False
 
     def version(self) -> str:
-        """Return text that changes when the file is replaced."""
+        """Return text that changes if the file is replaced."""
         return f"{self} {_version(_info(self.url))}"
 
     def cached(self, name: str) -> Path:
-        """Return the path in the cache of a part of the file."""
+        """Return the cache path of a part of the file."""
         return cache_folder() / hashlib.sha256(self.version().encode()).hexdigest()[:24] / name
 
     def request(self, start: int, stop: int) -> bytes:
         """Request a range of bytes of the file as it was opened.
 
         Raises:
-            DataError: the server refuses, or does not answer, or now and then: the file has been replaced meanwhile.
+            DataError: the server refuses, or does not answer, or the file has been replaced in the meantime.
         """
         data, before = _fetch(self.url, start, stop), _info(self.url)
         if time.monotonic() - _asked[self.url] > _ASKED_AGAIN:
@@ -108,7 +108,7 @@ class RemotePath(PosixPath):
 
     @property
     def size(self) -> int:
-        """Bytes of the file. Raises DataError where its server does not say."""
+        """Number of bytes of the file. Raises DataError if its server does not say."""
         size = _info(self.url).get("size")
         if size is None:
             raise DataError(
@@ -148,12 +148,12 @@ class RemoteReader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move to a place, as in every file."""
+        """Move to a position, as in every file."""
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
     def tell(self) -> int:
-        """Return the place."""
+        """Return the position."""
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
@@ -180,7 +180,7 @@ _asked: dict[str, float] = {}
 
 
 def _system(url: str) -> Any:
-    """Return fsspec's file system of an address, of this process: a forked one needs connections of its own."""
+    """Return fsspec's file system for a URL in this process: a forked one needs its own connections."""
     import fsspec
 
     protocol = url.partition("://")[0]
@@ -250,13 +250,13 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
 
 
 def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[list[RemotePath], Counter[str]]:
-    """Return the tar or parquet files of an address: one file, a pattern, or all files below a folder.
+    """Return the tar or parquet files at a URL: one file, a pattern, or all files below a folder.
 
     Returns:
-        the files, and how many others there are, by the reason for which they are left out.
+        the files, and the number of others by the reason for leaving them out.
 
     Args:
-        source: the address, perhaps with `*`, `?`, `[...]`.
+        source: the URL, perhaps with `*`, `?`, `[...]`.
         names: expands the braces of a pattern.
     """
     found: list[str] = []
@@ -295,7 +295,7 @@ def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> tuple[lis
 
 
 def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
-    """Return bytes of a block from the cache, and request the block where it is not there."""
+    """Return bytes of a block from the cache, requesting the block if it is not there."""
     file = path.cached(f"{number:08d}")
     data = read_cached(file, start, stop)
     if data is not None:

@@ -1,6 +1,6 @@
-"""The cache of files on other machines: parts of them, in a folder that the processes of a machine share.
+"""The cache of remote files: parts of them, in a folder that the processes of a machine share.
 
-The parts that were not used for the longest time are removed where the folder grows beyond its limit.
+The least recently used parts are removed if the folder grows beyond its limit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pecobook.utils.printer import say_once
 LIMIT_VARIABLE = "PECOBOOK_REMOTE_CACHE_GB"
 _LIMIT_GB = 50.0
 _SCAN_BYTES = 2**26
-"""Bytes that a process writes until it looks at the size of the cache."""
+"""Number of bytes that a process writes before it checks the size of the cache."""
 _ABANDONED = 3600.0
-"""Seconds after which a file that is still being written belongs to a process that was killed."""
+"""Seconds after which an unfinished file is attributed to a killed process."""
 _USED_AGAIN = 60.0
-"""Seconds after which a use of a file is noted anew."""
+"""Seconds after which the use of a file is recorded again."""
 
 _written = 0
 
@@ -36,7 +36,7 @@ def cache_folder(name: str = "remote") -> Path:
 
 @contextlib.contextmanager
 def locked(file: Path, number: int) -> Iterator[None]:
-    """Let one process at a time make a file of the cache. Raises OSError where the cache cannot be written."""
+    """Let one process at a time create a file of the cache. Raises OSError if the cache cannot be written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -48,7 +48,7 @@ def locked(file: Path, number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def into_cache(file: Path) -> Iterator[Path]:
-    """Give a place for a file of the cache, which is moved to its own when it is whole, and removed after a failure."""
+    """Yield a temporary path for a cache file, which is moved to its own path once complete, and removed on failure."""
     unfinished = file.with_name(f".{file.name}-{os.getpid()}.tmp")
     try:
         yield unfinished
@@ -71,7 +71,7 @@ def say_not_kept(error: OSError) -> None:
 
 
 def read_cached(file: Path, start: int, stop: int) -> bytes | None:
-    """Return bytes of a file of the cache; None where it does not hold them."""
+    """Return bytes of a cache file; None if it does not contain them."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError:  # absent, or of another user
@@ -87,7 +87,7 @@ def read_cached(file: Path, start: int, stop: int) -> bytes | None:
 
 
 def _count_written(size: int) -> None:
-    """Remember that this process has added `size` bytes, and look at the size of the cache now and then."""
+    """Record that this process has added `size` bytes, and check the size of the cache now and then."""
     global _written
     _written += size
     if _written >= _SCAN_BYTES:
@@ -96,7 +96,7 @@ def _count_written(size: int) -> None:
 
 
 def limit_bytes() -> int:
-    """Return the largest size of the cache: the environment variable, or 50 GB, but half of the free disk at most."""
+    """Return the largest size of the cache: the environment variable, or 50 GB, but at most half of the free disk."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     try:
         limit = float(text or _LIMIT_GB)
@@ -108,7 +108,7 @@ def limit_bytes() -> int:
 
 
 def remove_unused() -> None:
-    """Remove the blocks that were not used for the longest time, until nine tenths of the limit are left."""
+    """Remove the least recently used blocks until nine tenths of the limit are left."""
     root = cache_folder()
     entries = []
     for folder in root.iterdir() if root.is_dir() else ():

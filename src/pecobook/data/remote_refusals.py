@@ -1,4 +1,4 @@
-"""Why a server did not give a file: what another request may mend, and what is refused at once."""
+"""Why a server did not return a file: what another request may fix, and what is refused at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _FINAL = (
     *("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket"),
     "TooManyRedirects",
 )
-"""Parts of the names of errors for which another request is of no use."""
+"""Parts of the names of errors for which another request is useless."""
 _MAY_PASS = (408, 425, 429)
-"""Answers from 400 to 499 of a web server for which another request may be of use."""
+"""Status codes from 400 to 499 of a web server for which another request may help."""
 
 
 class RefusedError(DataError):
@@ -20,7 +20,7 @@ class RefusedError(DataError):
 
 
 def refuse(url: str, error: Exception) -> None:
-    """Raise RefusedError after a failure for which another request is of no use."""
+    """Raise RefusedError after a failure for which another request is useless."""
     answer = _answer(error)
     is_absent = isinstance(error, FileNotFoundError | IsADirectoryError) and not error.__cause__
     if answer in (404, 410) or is_absent or (isinstance(error, FileNotFoundError) and not url.startswith("http")):
@@ -39,7 +39,7 @@ def refuse(url: str, error: Exception) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what a server answered: fsspec raises FileNotFoundError for all failures of the first question."""
+    """Return a server's answer: fsspec raises FileNotFoundError for all failures of the first request."""
     cause = error.__cause__
     return cause if cause and (isinstance(error, FileNotFoundError) or hasattr(cause, "status")) else error
 
@@ -56,11 +56,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def _answer(error: BaseException) -> int:
-    """Return the number with which a web server answered, 0 for other failures."""
+    """Return a web server's status code, 0 for other failures."""
     return int(getattr(_cause(error), "status", 0) or 0)
 
 
 def asked_pause(error: BaseException) -> float:
-    """Return the seconds for which a busy server asks to wait (Retry-After), 0 where it does not say."""
+    """Return the seconds that a busy server asks to wait (Retry-After), 0 if it does not say."""
     stated = str((getattr(_cause(error), "headers", None) or {}).get("Retry-After", ""))
     return float(stated) if stated.isdecimal() else 0.0

@@ -1,7 +1,7 @@
-"""Reads images from parquet files on other machines: a row group is requested when one of its images is first read.
+"""Reads images from remote parquet files: a row group is requested when one of its images is first read.
 
-The images of a row group are kept in the cache (remote_cache.py) as an Arrow file, which is mapped into memory.
-Files that have small row groups (the hub's have 100 rows) and `--shuffle-window` need the fewest requests.
+The images of a row group are kept in the cache (remote_cache.py) as a memory-mapped Arrow file. Files with small row
+groups (the hub's have 100 rows) and `--shuffle-window` need the fewest requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RowGroupStore(TableStore):
         files: the files.
         footers: the metadata of each file.
         column: the name of the column.
-        identity: text that identifies the rows; it goes into the fingerprint.
+        identity: text that identifies the rows; it is part of the fingerprint.
     """
 
     def __init__(self, files: list[RemotePath], footers: list[Any], column: str, identity: str) -> None:
@@ -41,10 +41,10 @@ class RowGroupStore(TableStore):
         super().__init__(groups, column, rows, identity)
 
     def files(self, rows: Integers) -> None:  # type: ignore[override]
-        """Return None: no file of this machine holds the rows."""
+        """Return None: no file on this machine contains the rows."""
 
     def num_bytes(self) -> int:
-        """Return 0: the sizes of the images are not known before they are read."""
+        """Return 0: the images' sizes are unknown until they are read."""
         return 0
 
     def digest(self, rows: Integers) -> str:
@@ -53,7 +53,7 @@ class RowGroupStore(TableStore):
 
 
 class RowGroups:
-    """The rows of parquet files, of which a row group is read at a time."""
+    """The rows of parquet files, read one row group at a time."""
 
     def __init__(self, files: list[RemotePath], counts: list[list[int]], column: str) -> None:
         self._files, self._column = files, column
@@ -77,7 +77,7 @@ class RowGroups:
         return {self._column: self._open[group][row - int(self._starts[group])].as_py()}
 
     def _map(self, group: int) -> Any:
-        """Return the column of a row group, which is requested where it is not in the cache."""
+        """Return the column of a row group, requesting it if it is not in the cache."""
         import pyarrow as pa
 
         path, number = self._files[self._group_of[group][0]], self._group_of[group][1]
@@ -103,7 +103,7 @@ class RowGroups:
 
 
 def _keep(table: Any, file: Path) -> Any:
-    """Write a table into the cache, and return it as mapped from there."""
+    """Write a table to the cache, and return it mapped from there."""
     import pyarrow as pa
 
     with into_cache(file) as unfinished:

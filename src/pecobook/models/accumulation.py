@@ -1,4 +1,4 @@
-"""What remains of the vectors of a step when its next micro-batch comes: sums by codeword, and a sample."""
+"""What a step keeps of its vectors when its next micro-batch arrives: sums by codeword, and a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pecobook.utils.distributed import world_size
 
 
 class Weighted(NamedTuple):
-    """What some vectors add to the averages: sums of vectors of one code, and how many each stands for."""
+    """The contribution of some vectors to the averages: sums of vectors with one code, and how many each stands for."""
 
     sums: Tensor  # (n, D)
     codes: Tensor  # int64 (n,)
@@ -20,7 +20,7 @@ class Weighted(NamedTuple):
 
 
 def merged(parts: Sequence[Weighted], num_codewords: int) -> Weighted:
-    """Return the sums of all parts, or, where these are more than K, a single one for each codeword."""
+    """Return the sums of all parts or, if these are more than K, a single one per codeword."""
     if sum(len(part.codes) for part in parts) <= num_codewords:
         return Weighted(*map(torch.cat, zip(*parts, strict=True)))
     like = parts[0].sums
@@ -32,10 +32,10 @@ def merged(parts: Sequence[Weighted], num_codewords: int) -> Weighted:
 
 
 class Sample:
-    """Every s-th vector of a step: `size` of all ranks together if there are as many, and less than twice that.
+    """Every s-th vector of a step: `size` from all ranks together if there are as many, and less than twice that.
 
-    s is a power of two, so that the sample of a part can be thinned to that of the whole: it depends on the number of
-    vectors alone, neither on that of micro-batches nor, with whole multiples of s on each, on that of ranks.
+    s is a power of two, so that the sample of a part can be thinned to that of the whole: it depends only on the number
+    of vectors, not on the number of micro-batches or, with whole multiples of s on each, of ranks.
     """
 
     def __init__(self, size: int) -> None:

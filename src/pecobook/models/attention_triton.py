@@ -1,13 +1,13 @@
-"""Attention under one bias for all images, in Triton: for short sequences whose bias learns, as BEiT's do.
+"""Attention with one bias for all images, in Triton: for short sequences with a learned bias, such as BEiT's.
 
-PyTorch's flash and cuDNN kernels refuse a mask that wants a gradient. Its memory-efficient kernel takes one, but writes
-the gradient of the mask for every image (126 MB a block for ViT-B at batch 128) and sums it afterwards. Here a program
-keeps the scores of a tile of queries for all keys in registers, and sums the gradient of the bias over images there.
+PyTorch's flash and cuDNN kernels refuse a mask that requires a gradient. Its memory-efficient kernel accepts one, but
+writes the gradient of the mask for every image (126 MB per block for ViT-B at batch 128) and sums it afterwards. Here a
+program keeps the scores of a tile of queries for all keys in registers, and sums the bias's gradient over images there.
 
-Three kernels: the output; the gradients of queries and bias; the gradients of keys and values. The scores are computed
-again in the backward pass from the log-sum-exp of each row, as FlashAttention does (arXiv 2205.14135).
+Three kernels: the output; the gradients of queries and bias; the gradients of keys and values. The scores are
+recomputed in the backward pass from the log-sum-exp of each row, as in FlashAttention (arXiv 2205.14135).
 
-B batch, H heads, N tokens, D width of a head.
+B batch, H heads, N tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 
 MAX_TOKENS = 256
 """Largest N: the scores of a tile of queries stay in registers. ViTs with patches of 16 have 197 tokens at 224 pixels,
-and windows of 14 x 14 have as many."""
+as do windows of 14 x 14."""
 MAX_WIDTH = 128
 """Largest D."""
 _ROWS = 64
-"""Queries, or keys in the last kernel, of one program."""
+"""Number of queries (in the last kernel, keys) per program."""
 _MULTIPROCESSORS = 132
-"""Of an H100 or H200; decides over how many programs the images are shared out in the sum of the bias's gradient."""
+"""Those of an H100 or H200; they determine how many programs share the images when the bias's gradient is summed."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -71,7 +71,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     image_stride, head_stride, token_stride, B, N, H, D, scale, GROUPS,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head, in every GROUPS-th image."""
+    """One tile of one head's queries, in every GROUPS-th image."""
     head, group = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keys, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
@@ -133,7 +133,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
 
 
 def _launch(q: Tensor) -> tuple[int, Any, dict[str, Any]]:
-    """Return the number of tiles, the context of the device, and the settings of all kernels."""
+    """Return the number of tiles, the device context, and the settings of all kernels."""
     _, _, N, D = q.shape
     sizes = {"ROWS": _ROWS, "TOKENS": max(triton.next_power_of_2(N), 16), "WIDTH": max(triton.next_power_of_2(D), 16)}
     # Triton launches kernels on the current device, which can differ from the device of the tensors.
@@ -142,7 +142,7 @@ def _launch(q: Tensor) -> tuple[int, Any, dict[str, Any]]:
 
 
 def _like(q: Tensor) -> Tensor:
-    """Return an empty tensor (B, H, N, D) whose memory is (B, N, H, D), in which a projection reads it as it is."""
+    """Return an empty tensor (B, H, N, D) stored as (B, N, H, D), which a projection reads without a copy."""
     B, H, N, D = q.shape
     return q.new_empty(B, N, H, D).transpose(1, 2)
 
@@ -202,7 +202,7 @@ _attention.register_autograd(_backward, setup_context=_save)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    """Return whether `biased_attention` computes this attention: its shapes, and a bias that wants a gradient."""
+    """Return whether `biased_attention` supports this attention: its shapes, and a bias that requires a gradient."""
     if bias is None or not bias.requires_grad or q.ndim != 4:
         return False
     _, H, N, _ = q.shape
@@ -211,17 +211,17 @@ def takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale q k^T + bias) v, with gradients of all four.
+    """Return softmax(scale q k^T + bias) v, with gradients for all four.
 
     Args:
-        q: queries (B, H, N, D) with equal strides as `k` and `v`; D is dense. N at most 256, D at most 128.
+        q: queries (B, H, N, D) with the same strides as `k` and `v`; D is dense. N at most 256, D at most 128.
         k: keys (B, H, N, D).
         v: values (B, H, N, D).
         bias: (H, N, N), one for all images; computed in fp32.
         scale: factor on the products.
 
     Returns:
-        (B, H, N, D) of the type of `v`.
+        (B, H, N, D) with the type of `v`.
     """
     out, _ = _attention(q, k, v, bias.float().contiguous(), scale)
     return out  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Files of weights: loading without running code, translation to timm's names, and checks that the weights fit."""
+"""Weights files: loading without running code, translation to timm's names, and checks that the weights fit."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ _NO_WEIGHTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The content of a file of weights."""
+    """The content of a weights file."""
 
     state: dict[str, Tensor]
     """The weights, under the names of the file."""
     wrapper: tuple[str, ...] = ()
-    """Keys of the dictionaries that contain the weights, from the outermost one; empty if the file is the state."""
+    """Keys of the dictionaries that contain the weights, outermost first; empty if the file is the state itself."""
     left_aside: tuple[str, ...] = ()
-    """Other keys beside the weights, such as `optimizer` and `epoch`."""
+    """Other keys next to the weights, such as `optimizer` and `epoch`."""
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -62,13 +62,13 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Load the weights of a safetensors or PyTorch file out of the dictionaries that a training script saved.
+    """Load the weights from a safetensors or PyTorch file, out of the dictionaries that a training script saved.
 
-    Settings (argparse, numpy, omegaconf, ...) beside the weights are skipped, and of a pickled network the weights are
-    taken; no code of the file runs.
+    Settings (argparse, numpy, omegaconf, ...) next to the weights are skipped, and only the weights of a pickled
+    network are read; no code in the file runs.
 
     Raises:
-        WeightsError: the file is missing, damaged, differs from the checksum beside it, or contains no state dict.
+        WeightsError: the file is missing, damaged, does not match its checksum, or contains no state dict.
     """
     file = Path(path)
     if not file.is_file():
@@ -124,7 +124,7 @@ def _inner(content: dict[Any, Any]) -> str | None:
 
 
 def _has_tensors(value: Any) -> bool:
-    """Whether `value` is a dictionary with tensors, possibly inside further dictionaries of weights."""
+    """Return whether `value` is a dictionary with tensors, possibly nested in further dictionaries of weights."""
     if not isinstance(value, dict):
         return False
     return any(isinstance(v, Tensor) for v in value.values()) or any(_has_tensors(value.get(w)) for w in _WRAPPERS)
@@ -134,10 +134,10 @@ _SHARED = "rel_pos_bias.relative_position_bias_table"
 
 
 def _expand_shared_positions(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the shared table of relative positions of a BEiT checkpoint into every block that expects a table.
+    """Copy a BEiT checkpoint's shared table of relative positions into every block that expects a table.
 
     BEiT's authors pre-train with one shared table. A block that also has its own table gets the sum of both, since
-    attention adds them up.
+    attention adds them.
     """
     tables = [name for name in expected if name.endswith(".attn.relative_position_bias_table")]
     if _SHARED in state and _SHARED not in expected and tables:
@@ -148,7 +148,7 @@ def _expand_shared_positions(state: dict[str, Tensor], expected: dict[str, Tenso
 
 
 def _share_equal_positions(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo the copies of `_expand_shared_positions` where the network expects one table and all blocks have the same.
+    """Undo the copies of `_expand_shared_positions` if the network expects one table and all blocks have the same one.
 
     pecobook exports a BEiT with a shared table in this form.
     """
@@ -170,13 +170,13 @@ def load_state(
         network: the network.
         state: weights under the names of their file.
         source: name of the file, for error messages.
-        needs_head: whether a head of the network must be in `state` too; otherwise it stays as it is.
+        needs_head: whether the network's head must be in `state` too; otherwise it is left unchanged.
 
     Returns:
-        the names in `state` that were left aside, without a prefix of the names that were taken.
+        the unused names in `state`, without the common prefix of the used ones.
 
     Raises:
-        WeightsError: with the keys that differ, or with a weight that contains infinity or no number.
+        WeightsError: lists the keys that differ, or a weight that contains infinity or NaN.
     """
     expected = network.state_dict()
     if is_huggingface(state):
@@ -209,14 +209,14 @@ _PROBLEMS = ("missing", "unknown", "of another shape")
 
 
 def _differences(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """Return (problem, name) of every weight that is missing, unknown or of another shape."""
+    """Return (problem, name) for every weight that is missing, unknown or has another shape."""
     reshaped = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
     columns = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), reshaped
     return [(problem, name) for problem, names in zip(_PROBLEMS, columns, strict=True) for name in names]
 
 
 def misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """Return which weights are missing, unknown or of another shape, in words; empty where all fit."""
+    """Return in words which weights are missing, unknown or have another shape; empty if all fit."""
     differences = _differences(state, expected)
     groups = [(problem, [name for kind, name in differences if kind == problem]) for problem in _PROBLEMS]
     return "; ".join(
@@ -227,7 +227,7 @@ def misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 
 def _convert_by_timm(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the weights as timm's own loading of this kind of network converts them; None if it cannot."""
+    """Return the weights as converted by timm's own loading of this kind of network; None if it cannot."""
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return None
@@ -240,7 +240,7 @@ def _convert_by_timm(network: nn.Module, state: dict[str, Tensor]) -> dict[str, 
 
 
 def _resized(name: str, table: Tensor, expected: Tensor | None) -> Tensor:
-    """Interpolate a table of absolute positions (1, prefix + N, D) of a square grid, where only N differs."""
+    """Interpolate a table of absolute positions (1, prefix + N, D) on a square grid, if only N differs."""
     from timm.layers import resample_abs_pos_embed
 
     if expected is None or table.shape == expected.shape or not name.endswith("pos_embed"):
@@ -255,7 +255,7 @@ def _resized(name: str, table: Tensor, expected: Tensor | None) -> Tensor:
 
 
 def _prefix(state: Iterable[str], expected: dict[str, Tensor]) -> str:
-    """Return what stands before the names of most weights in `expected`, such as `module.backbone.`."""
+    """Return the prefix of most weights' names relative to `expected`, such as `module.backbone.`."""
     votes: Counter[str] = Counter()
     for name in state:
         parts = name.split(".")
@@ -278,7 +278,7 @@ def _is_head(name: str, expected: dict[str, Tensor]) -> bool:
 
 
 def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of `state` to the names in `expected`, and leave out heads for other classes."""
+    """Rename the weights of `state` to the names in `expected`, and drop heads for other classes."""
     state = _without_prefix(state, _prefix(state, expected))
     # torchvision's VGG has linear layers where timm's VGG has convolutions.
     if "pre_logits.fc1.weight" in expected and "classifier.0.weight" in state:
@@ -300,19 +300,19 @@ def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict
 
 
 def is_head(name: str) -> bool:
-    """Return whether a weight or a layer of this name belongs to the head of a network."""
+    """Return whether a weight or a layer with this name belongs to a network's head."""
     return _HEADS.match(name) is not None
 
 
 def summarised(names: Iterable[str]) -> str:
-    """Return names of weights in short: the first telling part of each, with the number of weights below it."""
+    """Abbreviate weight names: the first informative part of each, with the number of weights below it."""
     telling = (re.sub(r"^((module|_orig_mod)\.)+", "", name) for name in names)
     counts = Counter(re.sub(r"\.?\d+$", "", name.split(".")[0]) or name for name in telling)
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
 def left_aside(path: str, checkpoint: Checkpoint, left: tuple[str, ...]) -> str:
-    """Return a line on the part of a file that was taken and the parts that were not; empty if all was taken."""
+    """Return a line on which part of a file was used and which parts were not; empty if all was used."""
     parts = [summarised(names) for names in (checkpoint.left_aside, left) if names]
     if not parts:
         return ""

@@ -1,6 +1,6 @@
 """Parts of contrastive learning (MoCo v3, arXiv 2104.02057): heads, and the loss over the keys of all ranks.
 
-B number of images on this rank, G number of keys on all ranks.
+B is the number of images on this rank, G the number of keys on all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
     """Build a multi-layer perceptron: linear layers without bias, with BatchNorm and ReLU between them.
 
     Args:
-        widths: number of input features, then number of output features of each layer.
+        widths: number of input features, followed by each layer's number of output features.
         final_norm: whether a BatchNorm without weights follows the last layer.
     """
     layers: list[nn.Module] = []
@@ -40,8 +40,8 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple
 
     Args:
         queries: (B, D).
-        keys: (N, D) of this rank; the first B keys are the positives of the queries, the other keys are of further
-            images of the same step.
+        keys: (N, D) of this rank; the first B keys are the positives of the queries, the others belong to other images
+            of the same step.
         temperature: softmax temperature.
 
     Returns:
@@ -57,13 +57,13 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple
 
 
 def gather_keys(keys: Tensor) -> tuple[Tensor, int]:
-    """Return the keys of all ranks (G, D), without gradient, and the row of the first key of this rank."""
+    """Return the keys of all ranks (G, D), without gradient, and the row of this rank's first key."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return gather_rows(keys.detach()), rank * len(keys)
 
 
 def can_initialise_moco(network: nn.Module) -> bool:
-    """Return whether `initialise_moco` fits a network: one patch projection, and a position for each patch or none."""
+    """Return whether `initialise_moco` fits a network: one patch projection, and a position per patch or none."""
     projection = getattr(getattr(network, "patch_embed", None), "proj", None)
     table = getattr(network, "pos_embed", None)
     if not isinstance(projection, nn.Conv2d):
@@ -76,10 +76,10 @@ def can_initialise_moco(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def initialise_moco(network: nn.Module) -> None:
-    """Apply MoCo v3's initialisation of a ViT (section 4 and public code): fixed positions, Xavier-uniform weights.
+    """Apply MoCo v3's ViT initialisation (section 4 and public code): fixed positions, Xavier-uniform weights.
 
-    Positions are sines and cosines of row and column and take no gradient. The query, key and value parts of a layer
-    are initialised as three separate matrices, and the patch projection as a linear layer.
+    Positions are sines and cosines of row and column and are not trained. The query, key and value parts of a layer are
+    initialised as three separate matrices, and the patch projection as a linear layer.
     """
     from timm.layers import build_sincos2d_pos_embed
 
@@ -107,5 +107,5 @@ def initialise_moco(network: nn.Module) -> None:
 
 @torch.no_grad()
 def ema_update(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
-    """Set every parameter of `slow` to momentum x slow + (1 - momentum) x fast, on a GPU in a few kernels for all."""
+    """Set every parameter of `slow` to momentum x slow + (1 - momentum) x fast; on a GPU in a few fused kernels."""
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)

@@ -1,7 +1,7 @@
 """The cost of a training, a token bank or an analysis, from its settings: operations, GPU-hours and disk.
 
 Nothing is run and no weights are loaded: one forward pass of each network is counted on the meta device. Passes are
-counted as the recipes' docstrings count them: forward 1, backward 2; losses and heads are left out.
+counted as in the recipes' docstrings: forward 1, backward 2; losses and heads are left out.
 """
 
 from __future__ import annotations
@@ -48,36 +48,36 @@ TERAFLOPS = {
     "predict": 100,
     "analyze": 50,
 }
-"""10^12 operations a second of one H200 in bf16 with --compile on images of 224 pixels. `codebook` and `pretrain` were
-measured, and `tokenize` and `finetune` compute as these do; the others are estimates."""
+"""10^12 operations per second on one H200 in bf16 with --compile on images of 224 pixels. `codebook` and `pretrain`
+were measured, and `tokenize` and `finetune` compute in the same way; the others are estimates."""
 UNCOMPILED = 0.65
 """Speed without --compile relative to that with it: 0.65 for `codebook`, 0.7 for `pretrain`."""
 
 _FULL_SPEED = 112
-"""Side of the smallest images for which these speeds are taken, pixels."""
+"""Side of the smallest images for which these speeds are assumed, in pixels."""
 
 _CLASSES = 100
-"""Classes of a segmenter or a detector, which the settings do not hold; their layers are small."""
+"""Number of classes of a segmenter or a detector, which the settings do not contain; their layers are small."""
 _FEATURES = 768
-"""Channels of a target of features, which only the last layer of the decoder depends on."""
+"""Number of channels of target features, which only affects the last layer of the decoder."""
 
 _UNKNOWN = (PecobookError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
-"""What is raised where a network does not exist, or cannot be built or run without weights."""
+"""The exceptions raised if a network does not exist, or cannot be built or run without weights."""
 
 
 class Cost(NamedTuple):
-    """What a job takes."""
+    """The cost of a job."""
 
     flop: float | None
-    """Floating-point operations of the whole job; None where a network is not known."""
+    """Floating-point operations of the whole job; None if a network is unknown."""
     hours: float | None
-    """Hours of one H200; None where `flop` is None or the images are too small for a GPU to compute at full speed."""
+    """Hours on one H200; None if `flop` is None or the images are too small for a GPU to reach full speed."""
     disk: float
-    """Bytes that the job leaves on the disk, roughly."""
+    """Bytes that the job leaves on disk, roughly."""
 
 
 class _Pass(NamedTuple):
-    """One forward pass of an image."""
+    """One forward pass on an image."""
 
     flop: float
     parameters: int
@@ -88,10 +88,10 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
 
     Args:
         command: a key of `TERAFLOPS`; other commands have an unknown cost.
-        config: settings of the command; the length of a training is given in steps.
+        config: settings of the command; the length of training is given in steps.
         num_images: number of training images.
         num_held_out: number of held-out images.
-        others: settings of the jobs that write networks and tokenizers which this job reads, by their folders.
+        others: settings of the jobs that write the networks and tokenizers which this job reads, by folder.
     """
     try:
         if command in _PER_IMAGE:
@@ -110,16 +110,16 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
 
 
 def gflop_per_image(command: str, config: Any, others: Mapping[str, Any] | None = None) -> float:
-    """Return 10^9 operations for each image of a training, as `pecobook recipes` gives them.
+    """Return the operations per training image, in 10^9, as `pecobook recipes` gives them.
 
     Raises:
-        LookupError: a network is not known.
+        LookupError: a network is unknown.
     """
     return _PER_IMAGE[command](config, others or {}) / 1e9
 
 
 def known_flop(command: str, config: Any) -> float | None:
-    """Return the operations for each image of a training; None where a network is not known."""
+    """Return the operations per training image; None if a network is unknown."""
     try:
         return _PER_IMAGE[command](config, {})
     except _UNKNOWN:
@@ -154,14 +154,14 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def _network(source: str, size: int, others: Mapping[str, Any]) -> _Pass:
-    """Count a network that is named as in --backbone or --perceptual.network. Raises LookupError for an unknown one."""
+    """Count a network named as in --backbone or --perceptual.network. Raises LookupError for an unknown one."""
     if source.startswith("torchvision:"):
         return _count(_torchvision, size, 3, source.removeprefix("torchvision:"))
     return _count(_timm, size, 3, *_backbone(source, others), size)
 
 
 def _backbone(source: str, others: Mapping[str, Any]) -> tuple[str, str]:
-    """Return timm's name and the arguments of the network of a run. Raises LookupError for an unknown one."""
+    """Return the timm name and the arguments of a run's network. Raises LookupError for an unknown one."""
     if source.startswith("timm:"):
         return source.removeprefix("timm:"), "{}"
     settings = to_dict(others[source]) if source in others else read_if_valid(Path(source) / "config.json") or {}
@@ -191,7 +191,7 @@ def _autoencoder(model: AutoencoderConfig, size: int, features: int = 0) -> _Pas
 
 
 def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
-    """Return the operations with which a tokenizer encodes an image. Raises LookupError for an unknown tokenizer."""
+    """Return the operations of encoding an image with a tokenizer. Raises LookupError for an unknown tokenizer."""
     if source.startswith("dalle:"):
         return _count(_Logits, size, 3).flop
     if source in others:
@@ -221,7 +221,7 @@ def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
 
 
 def _read_size(source: str, input_size: int, image_size: int) -> int:
-    """Return the side of the images that a perceptual network reads: timm's transformers have a size of their own."""
+    """Return the side of the images that a perceptual network reads: timm's transformers have their own size."""
     import timm
 
     name = source.removeprefix("timm:")
@@ -232,7 +232,7 @@ def _read_size(source: str, input_size: int, image_size: int) -> int:
 
 
 class _VisibleOnly(nn.Module):
-    """The accelerated form with its decoder, on a mask of the given size."""
+    """The accelerated training with its decoder, on a mask of the given size."""
 
     def __init__(self, name: str, args: str, size: int, decoder: DecoderConfig, num_masked: int) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class _Segmentation(nn.Module):
 
 
 class _Detection(nn.Module):
-    """A detector, and its heads on as many regions as are sampled of an image; a quarter of them hold an object."""
+    """A detector, and its heads on as many regions as are sampled per image; a quarter of them contain an object."""
 
     def __init__(self, name: str, args: str, config: DetectConfig) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ _PER_IMAGE: dict[str, Callable[[Any, Mapping[str, Any]], float]] = {
 _PICTURES = 20e6
 """Bytes of an analysis."""
 _USUAL_SIZE = 224
-"""Side of the images of a probe that takes the size of its backbone, pixels."""
+"""Side of the images of a probe that uses its backbone's size, in pixels."""
 
 
 def _training(command: str, config: Any, others: Mapping[str, Any]) -> tuple[float, float]:
@@ -374,7 +374,7 @@ def _probe(config: Any, num_images: int, num_held_out: int, others: Mapping[str,
 
 
 def _attack(config: Any, _num_images: int, num_held_out: int, others: Mapping[str, Any]) -> tuple[float, float]:
-    """Count the passes of an attack: each step goes forward and back to the pixels, and the result forward."""
+    """Count the passes of an attack: each step runs forward and back to the pixels, and the result runs forward."""
     attack, classifier = config.attack, others[config.run]
     passes = 1 + len(attack.names) * (3 * attack.steps + 1)
     images = min(attack.max_images, num_held_out)

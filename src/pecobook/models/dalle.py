@@ -1,8 +1,8 @@
 """DALL-E's discrete VAE (Ramesh et al., arXiv 2102.12092, appendix A): BEiT's tokenizer and the paper's baseline.
 
 The convolutional encoder computes 8,192 logits at an eighth of the resolution; the index of the largest logit is the
-token. The decoder begins with an embedding of the tokens. The weights have the names of the public files, so that state
-dicts of these files load unchanged.
+token. The decoder starts with an embedding of the tokens. The weights have the names of the public files, so that their
+state dicts load unchanged.
 
 B batch, h w latent grid.
 """
@@ -30,7 +30,7 @@ class DalleTokenizer(ForeignTokenizer):
     """DALL-E's tokenizer with the interface of `PerceptualTokenizer`: encodes images in [0, 1] and decodes codes.
 
     Args:
-        width: number of channels of the first group; 256 in the published tokenizer.
+        width: number of channels in the first group; 256 in the published tokenizer.
         num_codewords: K; 8192 in the published tokenizer.
         embedding_dim: D, number of input channels of the decoder's first group; 128 in the published tokenizer.
     """
@@ -88,7 +88,7 @@ class DalleTokenizer(ForeignTokenizer):
         """Load `encoder` and `decoder` from a folder: plain state dicts as .safetensors, .pt or .pth files.
 
         The public `encoder.pkl` and `decoder.pkl` are complete pickled modules; their weights are read without running
-        the code that such files can hold.
+        any code that such files can contain.
 
         Raises:
             WeightsError: a file is missing, is not a plain state dict, or does not fit the network.
@@ -115,7 +115,7 @@ class DalleTokenizer(ForeignTokenizer):
 
 
 class _Conv(nn.Module):
-    """A convolution with a kernel of odd side that keeps the image size; its parameters are named w and b."""
+    """A convolution with an odd kernel side that keeps the image size; its parameters are named w and b."""
 
     def __init__(self, in_channels: int, out_channels: int, side: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class _Stack(nn.Module):
 
     Args:
         first: input convolution.
-        widths: numbers of channels, five: at the input, then after each group.
+        widths: five numbers of channels: at the input, then after each group.
         last: output convolution.
         sides: kernel sides of the four convolutions of a block.
     """

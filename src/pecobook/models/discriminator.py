@@ -15,13 +15,13 @@ _GROUP_SIZE = 16  # minimum number of channels that a group of GroupNorm normali
 class PatchDiscriminator(nn.Sequential):
     """Classifies each patch as real or reconstructed: float (B, C, H, W) in [-1, 1] to logits (B, 1, H', W').
 
-    The network consists of strided 4 x 4 convolutions, leaky rectifiers and GroupNorm. Unlike BatchNorm, GroupNorm
-    gives the same result for a batch on many devices and on one device.
+    The network consists of strided 4 x 4 convolutions, leaky ReLUs and GroupNorm. Unlike BatchNorm, GroupNorm gives the
+    same result for a batch on many devices as on one.
 
     Args:
-        config: width of the first layer, which each further layer doubles, up to eight times the width; and number of
-            strided layers: the receptive field of a logit is 16, 34 or 70 pixels with 1, 2 or 3. The side of an image
-            must be at least 3 x 2^num_layers pixels.
+        config: width of the first layer, which each further layer doubles, up to eight times; and number of strided
+            layers: the receptive field of a logit is 16, 34 or 70 pixels with 1, 2 or 3. The side of an image must be
+            at least 3 x 2^num_layers pixels.
         in_channels: number of image channels C.
     """
 
@@ -45,7 +45,7 @@ def adversarial_losses(discriminator: nn.Module, images: Tensor, restored: Tenso
     """Compute both losses of equation 8 in one pass, for one optimizer.
 
     The discriminator minimises -log D(x) - log(1 - D(x^)). The autoencoder minimises -log D(x^): this loss has the same
-    fixed point as log(1 - D(x^)) of equation 8, but the gradient does not vanish while the discriminator wins
+    fixed point as log(1 - D(x^)) in equation 8, but its gradient does not vanish while the discriminator wins
     (Goodfellow et al., arXiv 1406.2661, section 3).
 
     Args:

@@ -1,4 +1,4 @@
-"""Dry runs of a network before a run begins: one that cannot do the task is refused with its name and the reason."""
+"""Dry runs of a network before a run starts: a network that cannot do its task is refused by name, with the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OTHER_NETWORK = "Choose another network."
 
 @contextmanager
 def refusing(network: str, purpose: str, remedy: str = _OTHER_NETWORK) -> Iterator[None]:
-    """Turn an error of a network into a WeightsError: "'NETWORK' cannot PURPOSE: reason. REMEDY"."""
+    """Turn a network's error into a WeightsError: "'NETWORK' cannot PURPOSE: reason. REMEDY"."""
     try:
         yield
     except WeightsError as error:
@@ -34,18 +34,18 @@ def refusing(network: str, purpose: str, remedy: str = _OTHER_NETWORK) -> Iterat
 def dry_run(
     module: nn.Module, inputs: Sequence[Any], *, network: str, purpose: str, remedy: str = "", backward: bool = True
 ) -> Any:
-    """Run forward and backward of a module without computing anything, on the meta device.
+    """Run a module forward and backward without computing anything, on the meta device.
 
-    Weights, buffers and torch's random numbers stay as they are. Where a module cannot run on the meta device, a real
-    forward pass decides.
+    Weights, buffers and torch's random state stay unchanged. If a module cannot run on the meta device, a real forward
+    pass decides.
 
     Args:
-        module: the module, in the mode that is to be tried.
+        module: the module, in the mode to be tested.
         inputs: its arguments: images of a batch of two and what belongs to them.
-        network: name of the network for the user.
-        purpose: what the network is to do, as in "read images of 64 pixels".
-        remedy: what the user can do; empty names the image size that the network is made for, or another network.
-        backward: whether the module is to be trained, so that all its trainable weights need a gradient.
+        network: name of the network, for the user.
+        purpose: the network's task, as in "read images of 64 pixels".
+        remedy: what the user can do; if empty, the network's native image size or another network is suggested.
+        backward: whether the module will be trained, so that all its trainable weights need a gradient.
 
     Returns:
         the outputs, on the meta device or real.
@@ -73,14 +73,14 @@ def dry_run(
 
 
 def _usual_size(module: nn.Module, inputs: Sequence[Any]) -> int:
-    """Return the image size that timm's network in a module is made for; 0 if unknown, or if the images have it."""
+    """Return the native image size of the timm network in a module; 0 if unknown, or if the images have it."""
     settings: Any = next((part.pretrained_cfg for part in module.modules() if hasattr(part, "pretrained_cfg")), None)
     side = int((settings or {}).get("input_size", (0,))[-1])
     return side if side != inputs[0].shape[-1] else 0
 
 
 def _on_meta(module: nn.Module, inputs: Sequence[Any], *, backward: bool) -> tuple[Any, list[str]]:
-    """Return the outputs, and the names of trainable weights without gradient."""
+    """Return the outputs, and the names of trainable weights that get no gradient."""
     weights = {
         name: torch.empty_like(value, device="meta").requires_grad_(value.requires_grad)
         for name, value in module.named_parameters()
@@ -113,18 +113,18 @@ class _FirstBlockReached(Exception):  # noqa: N818  # ends a forward pass early,
 
 @torch.no_grad()
 def leaks(model: nn.Module, images: Tensor, mask: Tensor, num_masked: int, *, patch: int, whole: bool) -> bool:
-    """Return whether pixels of hidden patches reach other patches: whether anything changes with those pixels alone.
+    """Return whether pixels of hidden patches leak into other patches: whether changing them alone has an effect.
 
-    Two passes in the mode of training, with the same random numbers, whose images differ in the hidden pixels only.
+    Compares two passes in training mode, with the same random numbers, whose images differ only in the hidden pixels.
 
     Args:
         model: a masked image model with a `backbone` (`models.masked_vit`).
         images: (B, 3, H, W), as the model reads them.
         mask: bool (B, h, w), True where hidden.
-        num_masked: number of hidden patches of each image.
-        patch: side of a patch, pixels; no patch covers a border of the image that is narrower.
-        whole: compare the output of the model; otherwise what enters the first block, after which a plain transformer
-            reads no pixel, so that a large one takes no time.
+        num_masked: number of hidden patches in each image.
+        patch: side of a patch, in pixels; no patch covers a border of the image that is narrower.
+        whole: compare the output of the model; otherwise the input of the first block, after which a plain transformer
+            reads no pixels, so that a large one takes no time.
     """
     hidden = mask[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     hidden = F.pad(hidden, (0, images.shape[3] - hidden.shape[3], 0, images.shape[2] - hidden.shape[2]))

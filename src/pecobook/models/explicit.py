@@ -1,7 +1,7 @@
-"""Losses that put semantics into codewords explicitly, for Table 6: a loss on codewords instead of a loss on images.
+"""Losses that put semantics into codewords explicitly, for Table 6: a loss on codewords instead of one on images.
 
-Both losses read the codewords of an image averaged over positions, as the codeword probe of Table 4 does. The paper
-does not specify further details of these losses; docs/decisions.md lists our choices.
+Both losses use an image's codewords averaged over positions, as the codeword probe of Table 4 does. The paper gives no
+further details of these losses; docs/decisions.md lists our choices.
 
 B images, D latent channels, h w latent grid.
 """
@@ -35,12 +35,12 @@ class CodewordClassifier(nn.Linear):
 
 
 class CodewordContrast(nn.Module):
-    """MoCo v3's loss on averaged codewords: two views of the same image must match among the views of all images.
+    """MoCo v3's loss on averaged codewords: two views of an image must match among the views of all images.
 
     The keys are computed with a moving average of the trained encoder and the same codebook.
 
     Args:
-        encoder: the trained encoder; a copy becomes the momentum encoder.
+        encoder: the encoder being trained; a copy becomes the momentum encoder.
         dim: D.
         config: widths of the heads, temperature and momentum.
     """
@@ -70,6 +70,6 @@ class CodewordContrast(nn.Module):
         return contrastive_loss(queries, keys, self.config.temperature)
 
     def after_step(self, encoder: nn.Module) -> None:
-        """Update the momentum encoder and the momentum projector. Call after each optimizer step."""
+        """Update the momentum encoder and projector. Call it after each optimizer step."""
         ema_update(self.momentum_encoder, encoder, self.config.momentum)
         ema_update(self.momentum_projector, self.projector, self.config.momentum)

@@ -1,4 +1,4 @@
-"""Frozen networks that return features: a network of timm or torchvision, a pecobook run, or any module.
+"""Frozen networks that return features: a timm or torchvision network, a pecobook run, or any module.
 
 B batch, L layers, C_l H_l W_l shape of layer l's features.
 """
@@ -28,25 +28,25 @@ from pecobook.models.networks import downloads
 from pecobook.models.weights import load_backbone
 
 LAST = "last"
-"""In place of layers: the output of the last layer, after the network's last norm."""
+"""Given instead of layers: the output of the last layer, after the network's final norm."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A network reduced to the layers that its features need, and the input that it expects."""
+    """A network truncated after the layers that its features need, and the input that it expects."""
 
     network: nn.Module
     """Maps normalised images (B, 3, H, W) to a list of L features (B, C_l, H_l, W_l), in the order of the layers."""
     mean: tuple[float, ...]
-    """Mean of the input's normalisation, RGB in [0, 1]."""
+    """Mean for normalising the input, RGB in [0, 1]."""
     std: tuple[float, ...]
-    """Standard deviation of the input's normalisation, RGB in [0, 1]."""
+    """Standard deviation for normalising the input, RGB in [0, 1]."""
     input_size: int | None
-    """Side of the images that the network requires, pixels; None if it takes any size."""
+    """Side of the images that the network requires, in pixels; None if it takes any size."""
     notes: tuple[str, ...] = ()
-    """Lines for the user on what was taken from where."""
+    """Lines that tell the user what was taken from where."""
     patch: int = 0
-    """Side of the patches of a plain transformer, pixels; 0 for any other network."""
+    """Side of a plain transformer's patches, in pixels; 0 for any other network."""
 
 
 def load_feature_network(
@@ -63,13 +63,13 @@ def load_feature_network(
     Args:
         network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or a module.
         layers: numbers from 1 (blocks of a transformer, stages of a convolutional network); for torchvision networks
-            also names of nodes (`features.12`); for a module names of nodes only. `last` alone is the output of the
-            last layer of timm's networks and of runs, after the last norm.
+            also node names (`features.12`), for a module only node names. `last` on its own is the output of the last
+            layer of timm networks and runs, after the final norm.
         weights: None for the network's pre-trained weights, a local file, or `random`.
-        mean: mean of the input's normalisation; empty takes that of the weights, or ImageNet's for a module.
-        std: standard deviation of the input's normalisation, likewise.
-        input_size: side of the images that a plain transformer is to read, pixels: its positions are interpolated to
-            this size. 0 keeps its own.
+        mean: mean for normalising the input; if empty, that of the weights, or ImageNet's for a module.
+        std: standard deviation for normalising the input, likewise.
+        input_size: side of the images that a plain transformer should read, in pixels: its positions are interpolated
+            to this size. 0 keeps its own.
 
     Raises:
         WeightsError: the network or a layer is unknown, or the weights are missing or do not fit.
@@ -102,12 +102,12 @@ def load_feature_network(
 
 
 class TimmFeatures(nn.Module):
-    """Returns intermediate features of a timm network; removes the layers after the last feature from the network.
+    """Returns intermediate features of a timm network, and removes the layers after the last of them.
 
     Args:
         network: a timm network.
-        indices: timm's indices of the features.
-        norm: whether features pass the network's last norm.
+        indices: timm's feature indices.
+        norm: whether features pass through the network's final norm.
     """
 
     def __init__(self, network: nn.Module, indices: Sequence[int], *, norm: bool = False) -> None:
@@ -129,9 +129,9 @@ class NodeFeatures(nn.Module):
     """Returns the features of any traceable network at named nodes (torchvision.models.feature_extraction).
 
     Args:
-        network: the network; its in-place activations are switched to out-of-place, since they would overwrite the
-            output of a node.
-        nodes: names of nodes, as `get_graph_node_names` lists them; the name of a module means its last node.
+        network: the network; its in-place activations are made out-of-place, since they would overwrite a node's
+            output.
+        nodes: node names, as `get_graph_node_names` lists them; the name of a module means its last node.
 
     Raises:
         WeightsError: there is no such node, or the network cannot be traced.
@@ -202,12 +202,12 @@ def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> l
 
     Args:
         network: a torchvision network.
-        layers: stages as numbers from 1, or names of nodes, which are returned unchanged. Stages are `layer1`...; in a
+        layers: stages as numbers from 1, or node names, which are returned unchanged. Stages are `layer1`...; in a
             network with `features`, each stage ends before a pooling layer.
         name: torchvision's name of the network, for error messages.
 
     Raises:
-        WeightsError: the network has no stage of this number.
+        WeightsError: the network has no stage with this number.
     """
     features: Any = getattr(network, "features", None)
     stages = [f"layer{number}" for number in range(1, 9) if hasattr(network, f"layer{number}")]
@@ -231,7 +231,7 @@ def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> l
 
 
 def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) -> list[int]:
-    """Return timm's feature indices of layers counted from 1, or of `last`.
+    """Return timm's feature indices for layers counted from 1, or for `last`.
 
     Raises WeightsError if the network has no such layer.
     """

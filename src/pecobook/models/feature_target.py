@@ -2,8 +2,8 @@
 
     loss = 1 - mean over positions of cos(o, t)
 
-o is what the decoder predicts at a position of the latent grid, and t the network's feature there, whose length plays
-no part. BEiT v2 maximises the sum of the cosines, which differs by the number of positions alone.
+o is the decoder's prediction at a position of the latent grid, and t the network's feature there, whose length does not
+matter. BEiT v2 maximises the sum of the cosines, which differs only by the number of positions.
 
 B batch, F channels, h w latent grid.
 """
@@ -28,7 +28,7 @@ class FeatureTarget(nn.Module):
     Args:
         network: `timm:NAME`, `torchvision:NAME`, or a pecobook run.
         config: layer, weights and input of the network.
-        image_size: side of the training images, pixels.
+        image_size: side of the training images, in pixels.
         seed: seed of random weights.
 
     Raises:
@@ -60,7 +60,7 @@ class FeatureTarget(nn.Module):
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the features of images float (B, C, H, W) in [0, 1] on the latent grid: (B, F, h, w).
 
-        A network with another grid is resampled to it.
+        Features on another grid are resampled to it.
         """
         (features,) = self.network.features(images)
         if features.shape[-2:] != grid:

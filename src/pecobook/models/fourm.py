@@ -1,8 +1,8 @@
-"""Tokenizers of 4M by the names of their weights: a ViT encoder, a codebook and, where there is one, a ViT decoder.
+"""4M's tokenizers, recognised by weight names: a ViT encoder, a codebook and, if there is one, a ViT decoder.
 
-4M (arXiv 2312.06647, 2406.09406) draws images by a decoder of pixels or, in its published tokenizer of RGB images, by
-a diffusion model. Of the latter the encoder and the codebook are read: it gives codes, and cannot draw. The shape of
-the network is read off the weights.
+4M (arXiv 2312.06647, 2406.09406) draws images with a pixel decoder or, in its published tokenizer for RGB images, with
+a diffusion model. Only the encoder and the codebook of the latter are read: it gives codes, but cannot draw. The shape
+of the network is inferred from the weights.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class _Decoder(_Transformer):
 
 
 class FourMTokenizer(ForeignTokenizer):
-    """A tokenizer of RGB images of 4M.
+    """A 4M tokenizer for RGB images.
 
     Args:
         state: the weights, as `_state` returns them.
-        by_direction: whether a codeword is chosen by the cosine, not by the distance.
+        by_direction: whether codewords are chosen by cosine rather than by distance.
 
     Raises:
-        KeyError: a weight is missing that tells a shape.
+        KeyError: a weight that determines a shape is missing.
     """
 
     codebook: Tensor
@@ -106,7 +106,7 @@ class FourMTokenizer(ForeignTokenizer):
         self.quant_proj = nn.Conv2d(state["encoder.proj.weight"].shape[0], dim, 1)
         self.register_buffer("codebook", torch.zeros(self.num_codewords, dim))
         self.predicts = "" if "decoder.out_proj.weight" in state else "the condition of a diffusion model"
-        """What stands in the place of decoded pixels."""
+        """What is predicted instead of pixels."""
         if not self.predicts:
             self.decoder = _Decoder(state, self.stride)
             self.post_quant_proj = nn.Conv2d(dim, self.decoder.pos_emb.shape[1], 1)
@@ -124,10 +124,10 @@ class FourMTokenizer(ForeignTokenizer):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> FourMTokenizer:
-        """Load a file of weights, or the one in a folder.
+        """Load a weights file, or the one in a folder.
 
         Raises:
-            WeightsError: the file is missing or damaged, or is no tokenizer of 4M for RGB images.
+            WeightsError: the file is missing or damaged, or is not a 4M tokenizer for RGB images.
         """
         file = weights_file("fourm", str(source))
         weights = read_checkpoint(str(file)).state
@@ -141,7 +141,7 @@ class FourMTokenizer(ForeignTokenizer):
 
 
 def _state(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Return what is read: codewords as `codebook`, ConvNeXt blocks under timm's names. Raises WeightsError."""
+    """Return the weights to use: codewords as `codebook`, ConvNeXt blocks under timm's names. Raises WeightsError."""
     codewords = weights.get("quantize._codebook.embed")
     first = weights.get("encoder.proj.weight")
     if codewords is None or first is None or "encoder.pos_emb" not in weights:
@@ -161,6 +161,6 @@ def _state(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def _in_timm(name: str) -> str:
-    """Return timm's name of a weight of a ConvNeXt block; other names stay."""
+    """Return the timm name of a ConvNeXt block's weight; other names stay."""
     match = re.fullmatch(r"(decoder\.out_conv\.\d+)\.(\w+)(.*)", name)
     return name if match is None else f"{match[1]}.{_CONVNEXT.get(match[2], match[2])}{match[3]}"

@@ -1,4 +1,4 @@
-"""Networks that Python code gives a run: timm's as backbones, any tokenizer."""
+"""Networks that Python code passes to a run: timm networks as backbones, any tokenizer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pecobook.models.weights import Backbone
 
 
 def as_backbone(module: nn.Module) -> Backbone:
-    """Return a network of timm as a `Backbone`, which knows how it is built again; a `Backbone` is returned as it is.
+    """Return a timm network as a `Backbone`, which knows how to rebuild it; a `Backbone` is returned unchanged.
 
     Raises:
-        WeightsError: the module is no network of timm, or timm builds another one by its name.
+        WeightsError: the module is not a timm network, or timm builds a different one under its name.
     """
     if isinstance(module, Backbone):
         return module
@@ -41,7 +41,7 @@ def as_backbone(module: nn.Module) -> Backbone:
 
 
 class GivenTokenizer(nn.Module):
-    """A copy of a module of the user's, frozen, with the interface of `load_tokenizer`.
+    """A frozen copy of a user's module, with the interface of `load_tokenizer`.
 
     Raises:
         WeightsError: the module has no `encode`, `decode`, `num_codewords` or `stride`.

@@ -1,7 +1,7 @@
 """GroupNorm that is fast in the channels-last layout on CPUs.
 
 Convolutions on CPUs need channels last; otherwise each convolution copies the images into that layout and back. In that
-layout, PyTorch's GroupNorm takes up to fifty times as long for small images with few channels in a group, and the
+layout, PyTorch's GroupNorm takes up to fifty times as long for small images with few channels per group, and its
 backward pass takes three times as long in fp32 and ten to twenty times in bfloat16. This module composes GroupNorm from
 operations that are fast in that layout.
 """
@@ -21,10 +21,10 @@ _MIN_LARGE_PIXELS = 1024  # pixels from which PyTorch's forward pass reads whole
 
 
 def convolution_layout(x: Tensor) -> Tensor:
-    """Return x (B, C, H, W) in the layout for convolutions with GroupNorm: channels last on a CPU, or where compiled.
+    """Return x (B, C, H, W) in the layout for convolutions with GroupNorm: channels last on a CPU or if compiled.
 
-    On a GPU, PyTorch's own GroupNorm would undo channels last. torch.compile makes one kernel of GroupNorm and SiLU in
-    whatever layout the convolutions have, so cuDNN need not copy their inputs and outputs.
+    On a GPU, PyTorch's own GroupNorm would undo channels last. torch.compile fuses GroupNorm and SiLU into one kernel
+    in whatever layout the convolutions use, so cuDNN need not copy their inputs and outputs.
     """
     return channels_last(x) if x.device.type == "cpu" or torch.compiler.is_compiling() else x
 
@@ -32,10 +32,10 @@ def convolution_layout(x: Tensor) -> Tensor:
 def num_groups(channels: int, group_size: int) -> int:
     """Return the largest number of groups, at most 32, that divides the channels and leaves `group_size` in each.
 
-    VQGAN, whose GroupNorm the paper takes, has 32 groups of 4 channels at its smallest width. With 32 groups, a network
-    of 32 channels normalises each channel alone: that erases the mean of the channel, and with it brightness and
-    colour, and divides by almost zero on flat images. One group remains where there are fewer than `group_size`
-    channels. With `group_size` 0 the number of groups is the greatest common divisor of 32 and the channels.
+    VQGAN, whose GroupNorm the paper uses, has 32 groups of 4 channels at its smallest width. With 32 groups, a network
+    of 32 channels normalises each channel separately: that erases the mean of the channel, and with it brightness and
+    colour, and divides by almost zero on flat images. If there are fewer than `group_size` channels, one group remains.
+    With `group_size` 0 the number of groups is the greatest common divisor of 32 and the channels.
     """
     if group_size == 0:
         return math.gcd(32, channels)
@@ -43,11 +43,11 @@ def num_groups(channels: int, group_size: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch.nn.GroupNorm with as many groups as `num_groups` gives.
+    """torch.nn.GroupNorm with the number of groups from `num_groups`.
 
     Args:
         channels: number of channels C.
-        group_size: minimum number of channels of a group; 0 for 32 groups whatever the number of channels.
+        group_size: minimum number of channels per group; 0 for 32 groups whatever the number of channels.
         eps: constant added to the variance.
     """
 

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: names, uploading the files of an export, downloading them."""
+"""Hugging Face hub repositories: names, uploading the files of an export, downloading them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class HubError(PecobookError):
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise WeightsError unless `repo_id` has the form owner/name, as the hub takes it."""
+    """Raise WeightsError unless `repo_id` has the form owner/name that the hub accepts."""
     if not _NAME.fullmatch(repo_id):
         raise WeightsError(f"'{repo_id}' is no name of the Hugging Face hub: give owner/name, such as me/codebook.")
 
@@ -27,17 +27,17 @@ def check_repo_id(repo_id: str) -> None:
 def publish(
     repo_id: str, files: Mapping[str, bytes | Path], *, private: bool = False, revision: str = "", message: str = ""
 ) -> str:
-    """Upload files in one commit, into a repository that is created if it is missing; return its URL.
+    """Upload files in one commit, into a repository that is created if it does not exist; return its URL.
 
     Args:
         repo_id: `owner/name`.
         files: name in the repository -> content, or a local file.
-        private: create the repository as a private one; one that exists and is public is refused.
-        revision: branch that receives the commit, created if it is missing; empty for `main`.
-        message: message of the commit.
+        private: create a private repository; an existing public one is refused.
+        revision: branch that receives the commit, created if it does not exist; empty for `main`.
+        message: commit message.
 
     Raises:
-        WeightsError: the hub takes no repository of this name.
+        WeightsError: the hub does not accept this repository name.
         HubError: there is no token, or the hub cannot be reached or refuses a request.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -62,7 +62,7 @@ def publish(
 
 
 def _asked(request: Callable[[], T], repo_id: str) -> T:
-    """Return what a request to the hub returns. Raises HubError in place of an error of the hub or the network."""
+    """Return the result of a hub request. Raises HubError instead of a hub or network error."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -95,7 +95,7 @@ def resolve_source(source: str | Path, revision: str = "") -> Path:
         revision: branch, tag or commit on the hub; empty for `main`.
 
     Raises:
-        WeightsError: the hub returned nothing, or a revision of a folder was asked for.
+        WeightsError: the hub returned nothing, or a revision was requested for a folder.
     """
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         if revision:

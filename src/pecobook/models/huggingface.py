@@ -1,7 +1,7 @@
-"""Weights under the names of transformers: ViT, DeiT, MAE, DINOv2, BEiT and alike are read, BEiT is written.
+"""Weights under transformers' names: ViT, DeiT, MAE, DINOv2, BEiT and similar models are read, BEiT is written.
 
-timm stores the query, key and value matrices of a block as one matrix; transformers stores three. BEiT's keys have no
-bias in either library.
+timm stores a block's query, key and value matrices as one matrix; transformers stores three. BEiT's keys have no bias
+in either library.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ _TIMM_NAMES = [
 def beit_to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a timm BEiT to the names of a transformers BeitModel.
 
-    The final norm, `norm` or `fc_norm`, becomes `layernorm`; the weights of a head keep the name `head`. Their names in
-    the complete model depend on the kind of model: see `pecobook.commands.export`.
+    The final norm, `norm` or `fc_norm`, becomes `layernorm`; a head's weights keep the name `head`. Their names in the
+    complete model depend on the type of model: see `pecobook.commands.export`.
 
     Raises:
         WeightsError: a weight has no counterpart in transformers.
@@ -94,7 +94,7 @@ def beit_to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a transformer of `transformers` to timm's names; unknown names stay."""
+    """Rename the weights of a transformers model to timm's names; unknown names stay."""
     prefix = next(name for name in state if "embeddings." in name).partition("embeddings.")[0]  # such as `vit.`
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -114,14 +114,14 @@ def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_huggingface(state: dict[str, Tensor]) -> bool:
-    """Return whether `state` contains weights of a transformer of `transformers`."""
+    """Return whether `state` contains the weights of a transformers model."""
     return any(re.search(r"\.attention\.(attention\.query|q_proj)\.weight$", name) for name in state) and any(
         "embeddings." in name for name in state
     )
 
 
 def beit_config(state: dict[str, Tensor], *, image_size: int, patch_size: int, num_heads: int) -> dict[str, Any]:
-    """Return the content of config.json of a transformers BEiT, for weights under timm's names."""
+    """Return the config.json of a transformers BEiT for weights under timm's names."""
     width = state["cls_token"].shape[-1]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     return {
@@ -146,14 +146,14 @@ def beit_processor(*, image_size: int, crop: float, mean: Sequence[float], std: 
     """Return the content of preprocessor_config.json, which `AutoImageProcessor.from_pretrained` reads.
 
     BEiT's own processor squashes an image to a square. Perceiver's processor is the one in transformers that crops the
-    central square first and then resizes it (bicubic, antialiased), as `data.views.center_crop` does; where both round
+    central square first and then resizes it (bicubic, antialiased), as `data.views.center_crop` does; if the two round
     a side or a margin differently, the square is one pixel of the image smaller or shifted.
 
     Args:
-        image_size: side of the network's input, pixels.
-        crop: side of the square, as a share of the image's shorter side.
-        mean: mean of the normalisation, RGB in [0, 1].
-        std: standard deviation of the normalisation, RGB in [0, 1].
+        image_size: side of the network's input, in pixels.
+        crop: side of the square, as a fraction of the image's shorter side.
+        mean: mean for normalisation, RGB in [0, 1].
+        std: standard deviation for normalisation, RGB in [0, 1].
     """
     side = round(image_size / crop, 6)
     return {

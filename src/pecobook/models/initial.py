@@ -1,4 +1,4 @@
-"""Weights that a training starts from: `--init RUN|timm:NAME|FILE`, with what is taken of them and what is left."""
+"""Initial weights of a training, `--init RUN|timm:NAME|FILE`: which parts are used and which are not."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from pecobook.utils.files import without_folders
 from pecobook.utils.json_files import TEXT, Schema, read_if_valid
 
 TRAINING_FILE = "training.safetensors"
-"""File of an export with the weights that only training reads: heads, momentum encoders, averages of a codebook."""
+"""File of an export with weights that only training reads: heads, momentum encoders, a codebook's averages."""
 _GROUP_REMEDY = "leave --model settings out, so that the network is that of --init"
 
 
 @dataclasses.dataclass
 class Start:
-    """What a training has taken from the weights of `--init`."""
+    """The parts that a training has taken from the weights of `--init`."""
 
     source: str
     """The value of --init."""
     taken: list[str] = dataclasses.field(default_factory=list)
     """Names of the parts that were taken."""
     left: list[str] = dataclasses.field(default_factory=list)
-    """Names of the parts that were left, each with the reason."""
+    """Names of the parts that were not taken, each with the reason."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean that the network expects of its input."""
     std: tuple[float, ...] = IMAGENET_STD
     """Standard deviation that the network expects of its input."""
     lines: tuple[str, ...] = ()
-    """Further lines for the user."""
+    """More lines for the user."""
 
     @property
     def summary(self) -> str:
-        """A line on what was taken and what was left; empty without --init."""
+        """A line on what was taken and what was not; empty without --init."""
         if not self.source:
             return ""
         left = f"; left: {', '.join(self.left)}" if self.left else ""
@@ -63,7 +63,7 @@ class Start:
 
 @contextmanager
 def _with_remedy(remedy: str) -> Iterator[None]:
-    """Name the flag and the remedy where weights do not fit the network."""
+    """Name the flag and the remedy if weights do not fit the network."""
     try:
         yield
     except WeightsError as error:
@@ -73,17 +73,17 @@ def _with_remedy(remedy: str) -> Iterator[None]:
 
 
 def start_backbone(network: nn.Module, source: str, *, name: str, args: dict[str, Any], image_size: int) -> Start:
-    """Load weights into timm's network `name`, built with `args` and without a head, and resample its positions.
+    """Load weights into the timm network `name`, built with `args` and without a head; resample its positions.
 
     Args:
         network: the network.
-        source: a run with a backbone, `timm:NAME`, or a file of weights; empty leaves the network as it is.
+        source: a run with a backbone, `timm:NAME`, or a weights file; empty leaves the network unchanged.
         name: timm's name of `network`.
-        args: arguments with which timm built `network`.
-        image_size: side of the images that `network` reads, pixels.
+        args: arguments that timm built `network` with.
+        image_size: side of the images that `network` reads, in pixels.
 
     Raises:
-        WeightsError: the weights are missing, damaged, or of another network.
+        WeightsError: the weights are missing, damaged, or belong to another network.
     """
     if not source:
         return Start("")
@@ -116,19 +116,19 @@ def _start(source: str, mean: tuple[float, ...], std: tuple[float, ...], *lines:
 
 
 def write_training_weights(folder: Path, state: dict[str, Tensor], *, leave_out: Iterable[str]) -> None:
-    """Write the weights of a stage that its export does not hold, so that another training can start from them.
+    """Write a stage's weights that its export does not contain, so that another training can start from them.
 
     Args:
         folder: the export folder.
         state: the full state of the stage.
-        leave_out: beginnings of the names that the export holds, or that are frozen.
+        leave_out: prefixes of names that the export already contains, or that are frozen.
     """
     others = {name: value for name, value in state.items() if not name.startswith(tuple(leave_out))}
     write_tensors(folder / TRAINING_FILE, others)
 
 
 def training_weights(source: str, file: str = TRAINING_FILE) -> dict[str, Tensor]:
-    """Return the weights beside the network in the export of a run; an empty dictionary where there are none."""
+    """Return the training weights in a run's export; an empty dictionary if there are none."""
     if source.startswith("timm:") or Path(source).is_file():
         return {}
     path = export_folder(resolve_source(source)) / file
@@ -138,14 +138,14 @@ def training_weights(source: str, file: str = TRAINING_FILE) -> dict[str, Tensor
 def take_parts(
     module: nn.Module, state: dict[str, Tensor], start: Start, *, skip: Collection[str] = (), rename: str = ""
 ) -> None:
-    """Load the parts of `module` that `state` has in the same shapes, and note in `start` what was taken and left.
+    """Load the parts of `module` that `state` has in the same shapes; record in `start` what was taken and what not.
 
     Args:
         module: a network; its direct submodules and parameters are the parts.
         state: weights under the names of the module's state dict.
-        start: where the parts are noted.
-        skip: parts that stay as they are and are not noted.
-        rename: what stands before the name of a part in the notes.
+        start: records the parts.
+        skip: parts that stay unchanged and are not recorded.
+        rename: prefix of a part's name in the records.
     """
     own = module.state_dict()
     parts = dict.fromkeys(name.partition(".")[0] for name in [*own, *state])
@@ -176,18 +176,18 @@ def _first_misfit(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
 
 
 def start_tokenizer(tokenizer: PerceptualTokenizer, source: str, *, vectors: float) -> Start:
-    """Load encoder, decoder and codebook, with the averages of the codebook where the export has them.
+    """Load encoder, decoder and codebook, with the codebook's averages if the export has them.
 
-    Another number of codewords leaves the codebook, which k-means then starts anew.
+    If the number of codewords differs, the codebook is not loaded, and k-means initialises it.
 
     Args:
-        tokenizer: the tokenizer of the training.
-        source: a codebook run, an export folder, `owner/name` on the Hugging Face hub, or a file of a tokenizer's
+        tokenizer: the tokenizer being trained.
+        source: a codebook run, an export folder, `owner/name` on the Hugging Face hub, or a file with a tokenizer's
             weights.
-        vectors: number of latent vectors of one step, over which averages that are missing are spread evenly.
+        vectors: number of latent vectors per step, over which missing averages are spread evenly.
 
     Raises:
-        WeightsError: the weights are missing, damaged, or of a tokenizer of another shape.
+        WeightsError: the weights are missing, damaged, or belong to a tokenizer of another shape.
     """
     if ":" in source and not Path(source).exists():
         raise WeightsError(
@@ -215,7 +215,7 @@ def start_tokenizer(tokenizer: PerceptualTokenizer, source: str, *, vectors: flo
 def _read_tokenizer(
     tokenizer: PerceptualTokenizer, source: str, start: Start
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the weights of a tokenizer, and the averages of its codebook under the names of the tokenizer."""
+    """Return a tokenizer's weights, and its codebook's averages under the tokenizer's names."""
     if Path(source).is_file():
         state = read_checkpoint(source).state
         inner = {name.removeprefix("tokenizer."): value for name, value in state.items() if "tokenizer." in name}
@@ -237,7 +237,7 @@ def _read_tokenizer(
 
 
 def _averages(codebook: Tensor, averages: dict[str, Tensor], start: Start, vectors: float) -> dict[str, Tensor]:
-    """Return the moving averages of a codebook; steps and revivals are those of the new training, which begins at 0."""
+    """Return a codebook's moving averages; steps and revivals are those of the new training, which starts at 0."""
     names = [f"quantizer.{name}" for name in ("ema_count", "ema_sum", "usage", "idle", "unused")]
     found = {name: averages[name] for name in names if name in averages}
     if {"quantizer.ema_count", "quantizer.ema_sum"} <= found.keys():
@@ -256,12 +256,12 @@ def _averages(codebook: Tensor, averages: dict[str, Tensor], start: Start, vecto
 
 
 def start_head(network: nn.Module, source: str, classes: tuple[str, ...]) -> Start:
-    """Load the head of a finetune run into a network that has its backbone already.
+    """Load the head of a finetune run into a network that already has its backbone.
 
     Args:
         network: a timm network with a head for `classes`.
-        source: the run; empty leaves the network as it is.
-        classes: names of the classes. The head is taken if the run has the same, in the same order.
+        source: the run; empty leaves the network unchanged.
+        classes: names of the classes. The head is taken if the run has the same ones, in the same order.
     """
     if not source:
         return Start("")
@@ -279,8 +279,8 @@ def start_dense(model: nn.Module, source: str, kind: str, classes: Sequence[str]
     """Load the weights of a segment or detect run that fit, with tables of relative positions resampled.
 
     Args:
-        model: a segmenter or detector, whose backbone is the network of the run.
-        source: the run; empty leaves the model as it is.
+        model: a segmenter or detector, whose backbone is the run's network.
+        source: the run; empty leaves the model unchanged.
         kind: kind of the model, as its export names it.
         classes: names of the classes of `model`.
     """
@@ -311,11 +311,11 @@ def start_dense(model: nn.Module, source: str, kind: str, classes: Sequence[str]
 
 
 def take_masked_model(model: nn.Module, start: Start, target: str, tokenizer: nn.Module | None) -> None:
-    """Take mask token, decoder and head of a pre-training run; the head only if it predicts the same targets.
+    """Take the mask token, decoder and head of a pre-training run; the head only if it predicts the same targets.
 
     Args:
-        model: the masked image model, whose backbone has its weights already.
-        start: the start of its backbone, to which the parts are added.
+        model: the masked image model, whose backbone already has its weights.
+        start: the record of its backbone's start, to which the parts are added.
         target: the setting `target` of the training.
         tokenizer: the tokenizer of the training; None for pixels.
     """
@@ -332,7 +332,7 @@ _TARGET: Schema = {"target": TEXT, "tokenizer": TEXT, "out": TEXT}
 
 
 def _other_targets(run: str, target: str, tokenizer: nn.Module | None) -> str:
-    """Return why the head of a run does not predict the targets of a training; empty where it does."""
+    """Return why a run's head does not predict the targets of a training; empty if it does."""
     settings = read_if_valid(export_folder(run).parent / "config.json", _TARGET)
     if settings is None:
         return "the settings of its run are not beside it"
@@ -349,10 +349,10 @@ def _other_targets(run: str, target: str, tokenizer: nn.Module | None) -> str:
 
 
 def tokenizer_of_run(tokenizer: str, out: str, run: Path) -> str:
-    """Return where the tokenizer of a pre-training run lies now.
+    """Return the current location of a pre-training run's tokenizer.
 
-    A relative path was written from the folder in which the run was trained. If the run is still where its `--out`
-    says, as seen from that folder, then so is the tokenizer, wherever this process runs.
+    A relative path is relative to the folder that the run was trained in. If the run is still where its `--out` says,
+    as seen from that folder, then so is the tokenizer, wherever this process runs.
 
     Args:
         tokenizer: the run's setting `tokenizer`.

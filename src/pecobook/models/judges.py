@@ -1,7 +1,7 @@
-"""The networks that judge reconstructions: Inception of torch-fidelity, for rFID and IS, and LPIPS of its authors.
+"""The networks that judge reconstructions: torch-fidelity's Inception, for rFID and IS, and the authors' LPIPS.
 
-Both packages are optional. Their weights are named and hashed: a figure with other weights is no rFID that others
-publish, so the evaluation says which file it read.
+Both packages are optional. Their weights are named and hashed: with other weights a figure is not comparable to
+published rFIDs, so the evaluation says which file it read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pecobook.errors import WeightsError, first_line
 from pecobook.models.checkpoints import load_state, read_weights
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of the 95,628,359 bytes of Inception's weights that torch-fidelity and pytorch-fid publish, under two names."""
+"""SHA-256 of Inception's weights, 95,628,359 bytes that torch-fidelity and pytorch-fid publish under two names."""
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
 _TRUNKS = {
@@ -27,11 +27,11 @@ _TRUNKS = {
     "vgg": ("vgg16", "vgg16-397923af.pth"),
     "squeeze": ("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth"),
 }
-"""Network of LPIPS -> name in torchvision and the file of its weights; a name ends with the SHA-256's first digits."""
+"""LPIPS network -> its torchvision name and weights file; the file name ends with the first digits of its SHA-256."""
 
 
 class WeightsFile(NamedTuple):
-    """A file of weights, as an evaluation names it."""
+    """A weights file, as an evaluation names it."""
 
     file: str
     sha256: str
@@ -54,7 +54,7 @@ class Inception(nn.Module):
 
 
 def load_inception(file: str = "") -> Inception:
-    """Load Inception from a file, torch's folder of downloads, or the net.
+    """Load Inception from a file, torch's download folder, or the internet.
 
     Raises:
         WeightsError: torch-fidelity is not installed, or the weights are missing, damaged or of another network.
@@ -80,7 +80,7 @@ def load_inception(file: str = "") -> Inception:
 
 
 def load_lpips(network: str, file: str = "") -> tuple[nn.Module, WeightsFile]:
-    """Load LPIPS with the weights of its trunk from a file, torch's folder of downloads, or the net.
+    """Load LPIPS with its trunk's weights from a file, torch's download folder, or the internet.
 
     The package contains the weights of its linear layers, version 0.1; the trunk is torchvision's.
 
@@ -112,14 +112,14 @@ def load_lpips(network: str, file: str = "") -> tuple[nn.Module, WeightsFile]:
 
 
 def _weights_file(path: Path, start: str) -> WeightsFile:
-    """Return a file with its hash; with `start` the hash of the original begins."""
+    """Return a file with its hash; `start` is the beginning of the original's hash."""
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return WeightsFile(path.name, digest, digest.startswith(start))
 
 
 def _downloaded(names: tuple[str, ...], url: str, flag: str) -> Path:
-    """Return a file of torch's folder of downloads; download the first where there is none. Raises WeightsError."""
+    """Return a file in torch's download folder; if there is none, download the first one. Raises WeightsError."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is not None:

@@ -1,7 +1,7 @@
-"""Who made a file of weights, and so with which mean and deviation its images were normalised.
+"""Who made a weights file, and hence which mean and deviation its images were normalised with.
 
-timm's settings of a name are those of timm's own weights: `vit_base_patch16_224` was trained with mean 0.5, but DINO's,
-MAE's and DeiT's files, which fit the same network, with ImageNet's mean.
+timm's settings for a name are those of timm's own weights: `vit_base_patch16_224` was trained with mean 0.5, but
+DINO's, MAE's and DeiT's files, which fit the same network, with ImageNet's mean.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def imagenet_maker(state: dict[str, Tensor], wrapper: tuple[str, ...], path: str
 
     Args:
         state: all weights of the file, under the names of the file.
-        wrapper: names of the dictionaries in the file that contain `state`, from the outermost one.
+        wrapper: names of the dictionaries in the file that contain `state`, outermost first.
         path: path of the file.
     """
     names = tuple(state)
@@ -72,7 +72,7 @@ def imagenet_maker(state: dict[str, Tensor], wrapper: tuple[str, ...], path: str
 
 
 def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
-    """Whether the table of positions consists of sines and cosines of row and column: sin^2 + cos^2 = 1."""
+    """Return whether the position table consists of sines and cosines of row and column: sin^2 + cos^2 = 1."""
     table = next((value for name, value in state.items() if name.endswith("pos_embed") and value.ndim == 3), None)
     if table is None or table.shape[1] < 3 or table.shape[2] % 4:
         return False
@@ -83,7 +83,7 @@ def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
 
 
 def neighbour_normalisation(path: str) -> Normalisation | None:
-    """Return what a configuration beside a file of weights says: of transformers, of timm's hub or of pecobook."""
+    """Return the normalisation in a configuration next to a weights file: transformers', timm's hub's or pecobook's."""
     for name, keys in (("preprocessor_config.json", ("image_mean", "image_std")), ("config.json", ("mean", "std"))):
         content = read_if_valid(Path(path).parent / name, {"pretrained_cfg": OBJECT.or_none}) or {}
         values: list[Any] = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
@@ -94,7 +94,7 @@ def neighbour_normalisation(path: str) -> Normalisation | None:
 
 
 def timm_normalisation(network: nn.Module, name: str, *, of_file: bool = False) -> Normalisation:
-    """Return timm's settings of a network; with `of_file`, the reason says that the file did not tell."""
+    """Return timm's settings for a network; with `of_file`, the reason says that the file did not tell."""
     settings = getattr(network, "pretrained_cfg", None) or {}
     mean, std = tuple(settings.get("mean", IMAGENET_MEAN)), tuple(settings.get("std", IMAGENET_STD))
     reason = f"timm's settings of {name}"
@@ -106,8 +106,8 @@ def timm_normalisation(network: nn.Module, name: str, *, of_file: bool = False) 
 def file_normalisation(
     state: dict[str, Tensor], wrapper: tuple[str, ...], path: str, network: nn.Module, name: str
 ) -> Normalisation:
-    """Return the normalisation of a file of weights for `name`: what a configuration beside the file says, its maker's,
-    or timm's for the name.
+    """Return the normalisation for a weights file for `name`: from a configuration next to the file, from its maker, or
+    timm's for the name.
     """
     beside = neighbour_normalisation(path)
     if beside is not None:

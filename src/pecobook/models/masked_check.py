@@ -1,4 +1,4 @@
-"""Whether a network can be pre-trained by masked modelling, and has as many patches as the tokenizer makes codes."""
+"""Checks that a network can be pre-trained by masked modelling, with as many patches as the tokenizer makes codes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> 
 
 
 def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]:
-    """Return changes of settings that each make both grids equal: `rows` patches a side, one code for f x f pixels."""
+    """Return setting changes that each make both grids equal: `rows` patches per side, one code per f x f pixels."""
     size, resized_to = config.image_size, config.tokenizer_size
     remedies = [f"--tokenizer-size {rows * f}"]
     codes, remainder = divmod(resized_to or size, f)

@@ -1,8 +1,8 @@
 """Nearest codeword on CUDA in one kernel: distances stay in registers, and only N indices are written to memory.
 
-Each program takes BLOCK_N vectors and loops over the codebook in blocks of BLOCK_K codewords, as attention kernels loop
-over keys; products are summed over D in blocks of BLOCK_D. For each vector, the program keeps the smallest score and
-the index of the codeword.
+Each program processes BLOCK_N vectors and loops over the codebook in blocks of BLOCK_K codewords, as attention kernels
+loop over keys; products are summed over D in blocks of BLOCK_D. For each vector, the program keeps the smallest score
+and its codeword's index.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, 
         codebook: (K, D) codewords, fp32.
         precision: `fp32`, `tf32` or `bf16`.
         tiles: block sizes of the kernel, and optionally `PRECISION`, the precision of its products. For tuning, and for
-            Triton's interpreter, which is faster with few large blocks. None chooses them for the device.
+            Triton's interpreter, which is faster with a few large blocks. None chooses them for the device.
     """
     z, codebook = z.contiguous(), codebook.contiguous()
     N, D = z.shape

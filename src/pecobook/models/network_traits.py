@@ -1,4 +1,4 @@
-"""What a network of timm can do, found out from the network itself and not from its name."""
+"""The capabilities of a timm network, determined from the network itself and not from its name."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pecobook.models.networks import create_network
 
 @dataclasses.dataclass(frozen=True)
 class NetworkTraits:
-    """Properties of a network of timm that decide with which arguments it is built."""
+    """Properties of a timm network that determine which arguments it is built with."""
 
     is_plain: bool
-    """Whether the network is a plain transformer: one token for each patch, the same width in all blocks."""
+    """Whether the network is a plain transformer: one token per patch, the same width in all blocks."""
     takes_size: bool
     """Whether the network is built for one image size, its argument `img_size`."""
     pools_mean: bool
     """Whether it is a plain transformer that can pool the mean of its patches (`global_pool="avg"`)."""
     norm_moves: bool
-    """Whether the place of the last norm, before or after the mean, must be given too (`use_fc_norm`)."""
+    """Whether the position of the last norm, before or after the mean, must be given too (`use_fc_norm`)."""
     any_size: dict[str, Any]
-    """Arguments with which the network takes images of any size; empty where there are none."""
+    """Arguments that make the network take images of any size; empty if there are none."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -38,9 +38,9 @@ def _traits(name: str, args: str) -> NetworkTraits:
 
 
 def network_traits(name: str, args: dict[str, Any] | None = None) -> NetworkTraits:
-    """Return the traits of timm's `name` with `args`, from a network that is built without memory for weights.
+    """Return the traits of timm's `name` with `args`, from a network built without memory for weights.
 
-    Where the network cannot be built, no trait holds: building it with weights then tells why.
+    If the network cannot be built, no trait holds: building it with weights then reports why.
     """
     arguments = {key: value for key, value in (args or {}).items() if key != "img_size"}
     try:
@@ -72,13 +72,13 @@ def traits_of(network: nn.Module) -> NetworkTraits:
 
 
 def _arguments(network: nn.Module) -> set[str]:
-    """Return the names of the arguments of a network's class and of the classes that it extends."""
+    """Return the argument names of a network's class and its base classes."""
     constructors = [vars(cls)["__init__"] for cls in type(network).__mro__ if "__init__" in vars(cls)]
     return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
 
 
 def has_patch_tokens(network: nn.Module) -> bool:
-    """Return whether `network` is a transformer whose blocks all process one token for each patch of a grid."""
+    """Return whether `network` is a transformer whose blocks all process one token per patch of a grid."""
     return (
         hasattr(network, "blocks")
         and hasattr(getattr(network, "patch_embed", None), "grid_size")
@@ -88,7 +88,7 @@ def has_patch_tokens(network: nn.Module) -> bool:
 
 
 def trained_size(name: str, state: dict[str, Tensor]) -> int | None:
-    """Return the image side that the position tables of `state` are for, pixels; None for timm's default side."""
+    """Return the image side, in pixels, that the position tables of `state` are for; None for timm's default side."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network: Any = create_network(name, num_classes=0)
     if not has_patch_tokens(network):

@@ -1,4 +1,4 @@
-"""Networks of timm, built by name with arguments that only shape the network."""
+"""timm networks, built by name with arguments that only shape the network."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _WRONG_VALUE = (TypeError, ValueError, AssertionError, ArithmeticError, Attribut
 
 
 def architecture_arguments(timm_name: str) -> set[str]:
-    """Return the names of the arguments that shape a network of timm.
+    """Return the names of the arguments that shape a timm network.
 
-    These are the arguments of the network's class and of the classes beside it in timm's module, without those of
-    `timm.create_model` itself, such as `checkpoint_path` and `pretrained_cfg`, and of timm's loading of weights.
+    These are the arguments of the network's class and of the related classes in timm's module, without those of
+    `timm.create_model` itself, such as `checkpoint_path` and `pretrained_cfg`, and those of timm's weight loading.
     """
     import inspect
 
@@ -41,7 +41,7 @@ _downloads = ContextVar("_downloads", default=True)
 
 @contextmanager
 def without_downloads() -> Iterator[None]:
-    """Build networks with random weights where they would be downloaded, since the run is refused anyway."""
+    """Build networks with random weights instead of downloading weights, since the run is refused anyway."""
     token = _downloads.set(False)
     try:
         yield
@@ -55,14 +55,14 @@ def downloads() -> bool:
 
 
 def create_network(name: str, download: bool = False, /, **kwargs: Any) -> nn.Module:
-    """Call `timm.create_model` with arguments of the architecture alone.
+    """Call `timm.create_model` with arguments of the architecture only.
 
-    The arguments may come from the config.json of a run that somebody else made, and timm's function also has arguments
-    that load files and request addresses.
+    The arguments may come from someone else's config.json, and timm's function also has arguments that load files and
+    request URLs.
 
     Args:
-        name: timm's name of the network.
-        download: whether to take timm's pre-trained weights; positional only, so that no config.json can ask for it.
+        name: timm name of the network.
+        download: whether to use timm's pre-trained weights; positional only, so that no config.json can ask for it.
         kwargs: arguments of the network.
 
     Raises:

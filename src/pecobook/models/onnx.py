@@ -1,6 +1,6 @@
 """Export to ONNX: files that read images in [0, 1], with metadata, and a README whose Python needs no PyTorch.
 
-Everything but reading, cropping and resizing an image is inside the graph: nobody needs a mean or a deviation.
+Everything except reading, cropping and resizing an image is inside the graph: nobody needs a mean or a deviation.
 """
 
 from __future__ import annotations
@@ -45,13 +45,12 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
 
     Args:
         tokenizer: a tokenizer of `load_tokenizer`, on the CPU.
-        folder: the folder to write; created if it is missing.
+        folder: the folder to write; created if it does not exist.
 
     Returns:
         paths of the two files. encoder.onnx maps `images`, float32 (B, C, H, W) in [0, 1] with sides that are multiples
         of the stride, to `codes`, int64 (B, h, w); decoder.onnx maps codes to images, or to the `features` that the
-        decoder predicts. Codes may differ from those of
-        `tokenizer.encode` where two codewords are about equally near.
+        decoder predicts. Codes may differ from those of `tokenizer.encode` if two codewords are about equally near.
 
     Raises:
         PecobookError: the packages that write ONNX are not installed.
@@ -91,8 +90,8 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
 def export_backbone(network: Backbone, folder: Path) -> None:
     """Write model.onnx, config.json and README.md of a backbone or classifier.
 
-    model.onnx maps `images`, float32 (B, 3, S, S) in [0, 1], to `output`: pooled features (B, F), or the logits of the
-    classes. Raises PecobookError if the packages that write ONNX are not installed.
+    model.onnx maps `images`, float32 (B, 3, S, S) in [0, 1], to `output`: pooled features (B, F) or class logits.
+    Raises PecobookError if the packages that write ONNX are not installed.
     """
     size = network.image_size or 224
     described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": network.crop, **range_entry(network)}
@@ -109,8 +108,8 @@ def export_backbone(network: Backbone, folder: Path) -> None:
 def export_segmenter(model: Segmenter, folder: Path) -> None:
     """Write model.onnx, config.json and README.md of a segmenter; modifies `model`.
 
-    model.onnx maps `images`, float32 (B, 3, S, S) in [0, 1], to `scores` of the classes (B, C, S, S). Raises
-    PecobookError if the packages that write ONNX are not installed.
+    model.onnx maps `images`, float32 (B, 3, S, S) in [0, 1], to class `scores` (B, C, S, S). Raises PecobookError if
+    the packages that write ONNX are not installed.
     """
     size = model.image_size
     described: dict[str, Any] = {"image_size": size, "classes": list(model.classes), **range_entry(model)}
@@ -127,11 +126,11 @@ def _export_fixed_size(
     """Write model.onnx, config.json with `described`, and README.md.
 
     Args:
-        network: a module of one input and one output, images float (B, 3, S, S) in [0, 1].
+        network: a module with one input and one output, images float (B, 3, S, S) in [0, 1].
         size: S.
         described: content of config.json, which is also written as metadata.
-        texts: more metadata; the last name is that of the output.
-        lines: Python of the README.
+        texts: more metadata; the last key is the name of the output.
+        lines: Python code for the README.
         folder: the folder to write.
     """
     for module in network.modules():
@@ -178,7 +177,7 @@ def write_onnx(
         path: the file to write.
         input_name: name of the input.
         output_name: name of the output.
-        metadata: properties that the file carries; those that are no text are written as JSON.
+        metadata: properties stored in the file; those that are not strings are written as JSON.
 
     Raises:
         PecobookError: the packages that write ONNX are not installed.
@@ -202,7 +201,7 @@ def write_onnx(
 
 @contextmanager
 def _helped_exporter() -> Iterator[None]:
-    """In this context the exporter of PyTorch 2.6 translates BatchNorm, and prints no guard that it leaves out."""
+    """In this context PyTorch 2.6's exporter translates BatchNorm, and does not print guards that it leaves out."""
     if _VERSION > (2, 6):
         yield
         return
@@ -219,7 +218,7 @@ def _helped_exporter() -> Iterator[None]:
 def _batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, _training: bool, _momentum: float, eps: float
 ) -> Tensor:
-    """Compute BatchNorm in evaluation, x (B, C, ...), by operators that every exporter translates."""
+    """Compute BatchNorm in evaluation mode, x (B, C, ...), with operators that every exporter translates."""
     scale = weight * torch.rsqrt(var + eps)
     shape = (-1, *(1 for _ in x.shape[2:]))
     return x * scale.view(shape) + (bias - mean * scale).view(shape)

@@ -1,6 +1,6 @@
-"""README.md of an ONNX export: what the file reads and returns, and Python that needs onnxruntime, NumPy and Pillow.
+"""README.md of an ONNX export: the file's inputs and outputs, and Python that needs onnxruntime, NumPy and Pillow.
 
-The lines open the files by their names, in the folder of the README.
+The code opens the files by name, in the folder of the README.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def readme(metadata: dict[str, Any], lines: str) -> str:
 
 
 def backbone_lines(size: int, value_range: RangeSetting) -> str:
-    """Return Python that computes the features of an image at S = `size`."""
+    """Return Python code that computes the features of an image at S = `size`."""
     return f"""\
 {_IMPORTS}
 session = onnxruntime.InferenceSession("model.onnx")
@@ -46,7 +46,7 @@ print(features)"""
 
 
 def classifier_lines(size: int, crop: float, value_range: RangeSetting) -> str:
-    """Return Python that classifies the central square of an image, a `crop` of the shorter side, at S = `size`."""
+    """Return Python code that classifies an image's central square, `crop` of the shorter side, at S = `size`."""
     return f"""\
 import json
 
@@ -62,7 +62,7 @@ probabilities = probabilities / probabilities.sum()
 
 
 def tokenizer_lines(size: int, channels: int, value_range: RangeSetting, *, draws: bool = True) -> str:
-    """Return Python that encodes the central square of an image at `size` pixels and decodes the codes.
+    """Return Python code that encodes an image's central square at `size` pixels and decodes the codes.
 
     A decoder that does not draw images predicts features.
     """
@@ -84,10 +84,10 @@ print(codes)
 
 
 def segmenter_lines(size: int, step: int, value_range: RangeSetting) -> str:
-    """Return Python that segments an image of any size by windows of S = `size`, `step` pixels apart.
+    """Return Python code that segments an image of any size with windows of S = `size`, `step` pixels apart.
 
     It computes what `pecobook predict --test.mode slide` computes: the mean over square windows. The graph reads only
-    windows of S x S, so the short side becomes S also where `--test.max-side` would make the image smaller.
+    windows of S x S, so the short side becomes S even if `--test.max-side` would make the image smaller.
     """
     ratio = SegmentTestConfig().max_side / size
     return f"""\

@@ -1,4 +1,4 @@
-"""Pickles of other people's scripts, of which only tensors are read: no class of a file is built and no code runs."""
+"""Third-party pickles, from which only tensors are read: no class in a file is instantiated and no code runs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SETTINGS_MODULES = (
 
 
 def load_tensors(file: Path) -> Any:
-    """Load a file of torch.save; of a network that is pickled in a zip the weights, of any other object nothing.
+    """Load a torch.save file; from a network pickled in a zip only the weights, from any other object nothing.
 
     Raises:
-        Exception: any that torch raises for a damaged file, or for one that calls what is not among the known modules.
+        Exception: any that torch raises for a damaged file, or for one that calls anything outside the known modules.
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -40,7 +40,7 @@ def load_tensors(file: Path) -> Any:
 
 
 def _names_of_objects(file: Path) -> Collection[str]:
-    """Return the names of all classes and functions in a file of torch.save; none for another file."""
+    """Return the names of all classes and functions in a torch.save file; none for any other file."""
     if zipfile.is_zipfile(file):
         return torch.serialization.get_unsafe_globals_in_checkpoint(file)
     names = set[str]()
@@ -52,7 +52,7 @@ def _names_of_objects(file: Path) -> Collection[str]:
 
 
 class _Unread:
-    """Stands in a file for an object of any class, which is not built; of a network the weights are kept.
+    """Stands for an object of any class in a file, which is not instantiated; of a network, the weights are kept.
 
     A pickled network is a tree of objects that hold `_parameters`, `_buffers` and `_modules`.
     """
@@ -77,7 +77,7 @@ class _Unread:
 
 
 class _UnreadSettings(_Unread):
-    """Stands for an object of `_SETTINGS_MODULES`, which files build by a call; other calls refuse the file."""
+    """Stands for an object of `_SETTINGS_MODULES`, which files create by a call; other calls refuse the file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -88,7 +88,7 @@ class _UnreadCall(_Unread):
 
 
 def _stub(name: str) -> Any:
-    """Return a class of its own for a name in a file, since torch finds the name by the class."""
+    """Return a separate class for each name in a file, since torch finds the name through the class."""
     if name == "builtins.set":
         return set, name
     harmless = name.split(".")[0] in _SETTINGS_MODULES
@@ -96,7 +96,7 @@ def _stub(name: str) -> Any:
 
 
 def _with_weights(content: Any) -> Any:
-    """Return the content of a file with the weights of each network instead of the network."""
+    """Return the content of a file, with each network replaced by its weights."""
     if isinstance(content, _Unread):
         return content.weights()
     return {name: _with_weights(value) for name, value in content.items()} if isinstance(content, dict) else content

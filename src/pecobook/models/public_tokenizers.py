@@ -1,8 +1,8 @@
-"""Public checkpoints of VQGANs, by the names of their weights: taming-transformers' VQModel and LlamaGen's VQ.
+"""Public VQGAN checkpoints, recognised by weight names: taming-transformers' VQModel and LlamaGen's VQ.
 
-Both are the autoencoder of diffusers' `VQModel` under other names, so their weights are renamed and loaded into that.
-The shape of the network is read off the weights. LlamaGen's codewords and latent vectors have unit length: the nearest
-of codewords of unit length does not depend on the length of the vector, so only the codewords are scaled here.
+Both are the autoencoder of diffusers' `VQModel` under other names, so their weights are renamed and loaded into it. The
+shape of the network is inferred from the weights. LlamaGen's codewords and latent vectors have unit length: the nearest
+codeword of unit length does not depend on the length of the vector, so only the codewords are scaled.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2|0|1|2)\.(
 
 
 def load_public_model(layout: str, source: str) -> Any:
-    """Load a public checkpoint into a VQModel of diffusers.
+    """Load a public checkpoint into a diffusers VQModel.
 
     Args:
         layout: one of `LAYOUTS`.
-        source: the file, or a folder that holds one file of weights.
+        source: the file, or a folder that contains one weights file.
 
     Raises:
         WeightsError: diffusers is not installed, or the file is missing, damaged or of another layout.
@@ -58,7 +58,7 @@ def load_public_model(layout: str, source: str) -> Any:
 
 
 def weights_file(layout: str, source: str) -> Path:
-    """Return the file of weights, or the only one in a folder. Raises WeightsError."""
+    """Return the weights file, or the only one in a folder. Raises WeightsError."""
     path = Path(source).expanduser()
     if not path.is_dir():
         return path
@@ -70,7 +70,7 @@ def weights_file(layout: str, source: str) -> Path:
 
 
 def _check_layout(layout: str, state: dict[str, Tensor], file: Path) -> None:
-    """Raise WeightsError for weights of another layout, and name the layout where it is known."""
+    """Raise WeightsError for weights of another layout, naming the layout if it is known."""
     first = {"taming": "encoder.down.0.block.0.norm1.weight", "llamagen": "encoder.conv_blocks.0.res.0.norm1.weight"}
     if "quantize.embedding.weight" in state and first[layout] in state:
         return
@@ -82,7 +82,7 @@ def _check_layout(layout: str, state: dict[str, Tensor], file: Path) -> None:
 
 
 def _in_diffusers(name: str, state: dict[str, Tensor]) -> str:
-    """Return the name in diffusers of a weight of either layout; unknown names stay, and are refused later."""
+    """Return the diffusers name of a weight in either layout; unknown names stay, and are refused later."""
     name = name.replace("nin_shortcut", "conv_shortcut").replace(".norm_out.", ".conv_norm_out.")
     if match := _MIDDLE.fullmatch(name):
         side, part, rest = match.groups()
@@ -113,7 +113,7 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
 
 
 def _settings(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the arguments of diffusers' VQModel, as the shapes of the weights tell them."""
+    """Return the arguments of diffusers' VQModel, inferred from the weights' shapes."""
     public = "encoder.down" if "encoder.down.0.block.0.norm1.weight" in state else "encoder.conv_blocks"
     block = "block" if public == "encoder.down" else "res"
     levels = range(_count(state, public))

@@ -1,7 +1,7 @@
 """The residual stream of a transformer in bf16.
 
-Under autocast the products of a block are in bf16, but what a token carries from block to block is in fp32: the class
-token and the position table, which are fp32 weights, promote the patches, and LayerScale promotes what a block adds.
+Under autocast the products of a block are in bf16, but the tokens passed between blocks are in fp32: the class token
+and the position table, which are fp32 weights, promote the patches, and LayerScale promotes what a block adds.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pecobook.errors import WeightsError
 
 
 def keep_residuals_low(blocks: Iterable[nn.Module] | None, name: str) -> None:
-    """Let transformer blocks of timm take, add and return tokens in bf16 wherever autocast is on.
+    """Make timm transformer blocks take, add and return tokens in bf16 whenever autocast is on.
 
     Args:
-        blocks: the blocks of a network; None where it has none.
+        blocks: the blocks of a network; None if it has none.
         name: name of the network, for the message.
 
     Raises:
-        WeightsError: the network is not a row of blocks that each add the output of attention and of an MLP.
+        WeightsError: the network is not a sequence of blocks that each add the output of attention and of an MLP.
     """
     blocks = list(blocks or ())
     if not blocks or not all(hasattr(block, "drop_path1") and hasattr(block, "drop_path2") for block in blocks):

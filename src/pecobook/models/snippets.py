@@ -1,6 +1,6 @@
-"""Lines of Python for model cards, README files and the end of a run. Pasted, they apply a network to an image file.
+"""Python code for model cards, README files and the end of a run. Pasted, it applies a network to an image file.
 
-No line starts a block (`with`, `for`) unless an empty line ends it, so the lines can also be pasted into an interactive
+No line starts a block (`with`, `for`) unless an empty line ends it, so the code can also be pasted into an interactive
 Python.
 """
 
@@ -13,22 +13,22 @@ from pathlib import Path
 from pecobook.settings.images import AUTO, RangeSetting
 
 PHOTO = "photo.jpg"
-"""Stands for the user's image in all lines; `with_image` replaces it."""
+"""Placeholder for the user's image in all code; `with_image` replaces it."""
 
 BEST_CLASSES = "print(sorted(zip(probabilities.tolist(), classes), reverse=True)[:5])"
 """Prints the most probable classes; reads `probabilities` (C,) and the names `classes`."""
 
 TO_GREY = "images = 0.2989 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]  # grey\n"
-"""Converts `images` (B, 3, H, W) for a tokenizer of one channel."""
+"""Converts `images` (B, 3, H, W) for a single-channel tokenizer."""
 
 
 def quoted(text: str | Path) -> str:
-    """Return a text as a literal of Python in double quotes."""
+    """Return a text as a double-quoted Python literal."""
     return json.dumps(str(text), ensure_ascii=False)
 
 
 def with_image(lines: str, image: Path) -> str:
-    """Return the lines with the path of an image that exists in place of `PHOTO`; unchanged if `image` is missing."""
+    """Return the code with the path of an existing image in place of `PHOTO`; unchanged if `image` is missing."""
     return lines.replace(quoted(PHOTO), quoted(image)) if image.is_file() else lines
 
 
@@ -38,14 +38,14 @@ def example_image(run: str | Path) -> Path:
 
 
 def open_image(value_range: RangeSetting = AUTO) -> str:
-    """Return lines that read an image of any mode; they need `np`, and `Image` and `ImageOps` of Pillow.
+    """Return code that reads an image of any mode; it needs `np`, and `Image` and `ImageOps` from Pillow.
 
-    Pillow computes here what `data.decode` and `data.views.center_crop` compute, to within rounding of 8 bits. Of
-    16-bit colours Pillow reads the high bytes alone.
+    Here Pillow computes what `data.decode` and `data.views.center_crop` compute, up to 8-bit rounding. Of 16-bit
+    colours Pillow reads only the high bytes.
 
     Args:
-        value_range: the values that become black and white in images with more than 8 bits, `value_range` of the
-            network; `AUTO` takes those of 16 bits.
+        value_range: the values mapped to black and white in images with more than 8 bits, the network's `value_range`;
+            `AUTO` uses the 16-bit range.
     """
     deep, values = 'image.mode.startswith("I;16")', "np.asarray(image) / 257"
     if value_range != AUTO:
@@ -59,13 +59,13 @@ image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.conv
 
 
 def read_image_call(value_range: RangeSetting, *arguments: object) -> str:
-    """Return a call of `pecobook.read_image` for `PHOTO` with further arguments and the range of a network."""
+    """Return a call of `pecobook.read_image` for `PHOTO` with additional arguments and a network's range."""
     ranged = [] if value_range == AUTO else [f"value_range=({', '.join(f'{float(v):.10g}' for v in value_range)})"]
     return f"read_image({', '.join([quoted(PHOTO), *map(str, arguments), *ranged])})"
 
 
 def range_text(value_range: RangeSetting) -> str:
-    """Return a sentence on the range of values with which a network was trained; empty for `AUTO`."""
+    """Return a sentence on the value range that a network was trained with; empty for `AUTO`."""
     if value_range == AUTO:
         return ""
     low, high = (f"{float(value):.10g}" for value in value_range)
@@ -73,13 +73,13 @@ def range_text(value_range: RangeSetting) -> str:
 
 
 def open_square(size: int, crop: float = 1.0, value_range: RangeSetting = AUTO) -> str:
-    """Return lines that read an image with Pillow, crop the central square, and resize it.
+    """Return code that reads an image with Pillow, crops the central square, and resizes it.
 
-    The lines need what those of `open_image` need.
+    It needs the same imports as that of `open_image`.
 
     Args:
-        size: side of the result, pixels.
-        crop: side of the square, as a share of the image's shorter side.
+        size: side of the result, in pixels.
+        crop: side of the square, as a fraction of the image's shorter side.
         value_range: as in `open_image`.
     """
     side = "min(image.size)" if crop == 1 else f"round(min(image.size) * {crop})"
@@ -91,9 +91,9 @@ image = image.crop((left, top, left + side, top + side)).resize(({size}, {size})
 
 
 def normalise(mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return lines that make the network's input `pixels`, float (3, S, S), of the `image` of `open_square`.
+    """Return code that makes the network's input `pixels`, float (3, S, S), from the `image` of `open_square`.
 
-    The lines need `np` and `torch`.
+    It needs `np` and `torch`.
     """
     mean_text, std_text = (f"torch.tensor({list(values)})[:, None, None]" for values in (mean, std))
     return f"""\
@@ -102,7 +102,7 @@ pixels = (pixels - {mean_text}) / {std_text}"""
 
 
 def transformers_lines(folder: str, *, is_classifier: bool, value_range: RangeSetting) -> str:
-    """Return lines that apply an export in the format of transformers."""
+    """Return code that applies an export in transformers' format."""
     auto = "AutoModelForImageClassification" if is_classifier else "AutoModel"
     result = (
         """\

@@ -1,7 +1,7 @@
-"""Checksums of the files from which pecobook reads weights and codes: a flipped bit is noticed when a file is read.
+"""Checksums of the files that pecobook reads weights and codes from: a flipped bit is noticed on reading.
 
-The checksum of FILE lies beside it as FILE.sha256, in the format of coreutils, so that `sha256sum --check FILE.sha256`
-verifies it too. A file without a checksum, as older versions wrote it, is read unverified.
+The checksum of FILE is stored next to it as FILE.sha256, in the format of coreutils, so that `sha256sum --check
+FILE.sha256` verifies it too. A file without a checksum, as written by older versions, is read unverified.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from pecobook.utils.files import write_atomically
 
 SKIP_VARIABLE = "PECOBOOK_SKIP_CHECKSUMS"
-"""Environment variable; with the value 1 no file is verified. Verifying takes about a second for 1.4 GB."""
+"""Environment variable; if it is 1, no file is verified. Verifying takes about a second per 1.4 GB."""
 
 
 def checksums_skipped() -> bool:
-    """Return whether the user asked to verify nothing."""
+    """Return whether the user switched verification off."""
     return os.environ.get(SKIP_VARIABLE) == "1"
 
 
@@ -29,10 +29,10 @@ def checksum_file(file: Path) -> Path:
 
 
 def write_with_checksum(file: Path, data: bytes) -> None:
-    """Write a file atomically, and its checksum.
+    """Write a file and its checksum atomically.
 
-    A process that is killed in between leaves a new file's checksum without the file, or a replaced file without a
-    checksum, never a file with the checksum of another.
+    A process killed in between leaves a new file's checksum without the file, or a replaced file without a checksum,
+    but never a file with another file's checksum.
     """
     digest = hashlib.sha256(data).hexdigest()
     if file.exists():
@@ -45,17 +45,17 @@ def write_with_checksum(file: Path, data: bytes) -> None:
 
 
 def add_checksum(file: Path) -> None:
-    """Write the checksum of a file that exists already."""
+    """Write the checksum of an existing file."""
     _write_checksum(file, _digest(file))
 
 
 def damage(files: Iterable[Path]) -> str | None:
-    """Return a sentence on the first file that differs from its checksum; None where all files are as written.
+    """Return a sentence on the first file that does not match its checksum; None if all do.
 
     The files are read in parallel threads.
 
     Raises:
-        PermissionError: this user may not read a file, which says nothing about its bytes.
+        PermissionError: this user may not read a file, which says nothing about its content.
     """
     if checksums_skipped():
         return None

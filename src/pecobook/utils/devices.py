@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def device(processes: int = 1) -> torch.device:
-    """Return the GPU where there is one, and the CPU elsewhere.
+    """Return the GPU if there is one, otherwise the CPU.
 
-    Several processes share no GPU of Apple's, and PECOBOOK_MPS=0 leaves it alone.
+    Several processes do not share an Apple GPU, and PECOBOOK_MPS=0 disables it.
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -29,12 +29,12 @@ def apple_computes_bf16() -> bool:
 
 
 def widest(values: Tensor) -> Tensor:
-    """Return values in fp64, and in fp32 on Apple's GPUs, which have no fp64."""
+    """Return values in fp64, or in fp32 on Apple's GPUs, which have no fp64."""
     return values.float() if values.device.type == "mps" else values.double()
 
 
 def cores() -> tuple[int, ...]:
-    """Return the numbers of the cores that this process may use, which can be fewer than the machine has."""
+    """Return the ids of the cores that this process may use, possibly fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
@@ -43,8 +43,8 @@ def cores() -> tuple[int, ...]:
 def cpu_prefers_bf16() -> bool:
     """Return whether this CPU computes products faster in bfloat16 than in fp32.
 
-    It does with AMX, and with AVX-512's bfloat16 instructions on AMD. Intel's processors have these instructions too
-    where a virtual machine hides AMX, but take twice as long with them as in fp32.
+    It does with AMX, and with AVX-512's bfloat16 instructions on AMD. Intel's processors have these instructions too if
+    a virtual machine hides AMX, but take twice as long with them as in fp32.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return False
@@ -57,7 +57,7 @@ _tracing = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 @cache
 def _cpu_vendor() -> str:
-    """Return a short text that contains the maker of the CPU."""
+    """Return a short string that contains the CPU's vendor."""
     try:
         with Path("/proc/cpuinfo").open() as lines:
             return next((line for line in lines if line.startswith("vendor_id")), "")
@@ -73,7 +73,7 @@ def gpus() -> tuple[str, ...]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished all of its work; a CPU needs no waiting."""
+    """Wait until a GPU has finished all its work; a CPU needs no waiting."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -81,7 +81,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest number of bytes that the GPU's allocator, or else this process, has held."""
+    """Return the peak number of bytes held by the GPU's allocator or, without a GPU, by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource  # Windows lacks it
@@ -91,7 +91,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory of the GPU, or of this machine, whose memory Apple's GPUs share."""
+    """Return the memory, in bytes, of the GPU or of this machine, whose memory Apple's GPUs share."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -119,12 +119,12 @@ _PEAKS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
-"""10^12 operations a second in bf16 on tensor cores that sum in fp32, without sparsity, from NVIDIA's data sheets, by a
-part of the name that PyTorch gives."""
+"""10^12 operations per second in bf16 on tensor cores that accumulate in fp32, without sparsity, from NVIDIA's data
+sheets, by a part of the name that PyTorch reports."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the operations a second that the maker states for a GPU in bf16; None for another device."""
+    """Return the operations per second that the vendor states for a GPU in bf16; None for another device."""
     if device.type != "cuda":
         return None
     words = f" {re.sub('[-_]', ' ', torch.cuda.get_device_name(device))} "
@@ -133,5 +133,5 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def exporting() -> bool:
-    """Return whether torch.export traces, as for ONNX. PyTorch before 2.14 reports this in torch.compile too."""
+    """Return whether torch.export is tracing, as for ONNX. PyTorch before 2.14 reports this in torch.compile too."""
     return _tracing() and not torch.compiler.is_dynamo_compiling()

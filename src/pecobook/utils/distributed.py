@@ -1,4 +1,4 @@
-"""Collective operations of models and stages; each also works in a single process."""
+"""Collective operations for models and stages; each also works in a single process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
         what `work` returned on rank 0, on every rank; it must be small and picklable.
 
     Raises:
-        RunFolderError: on the other ranks, with the message of the error that rank 0 raises.
+        RunFolderError: on the other ranks, with the message of rank 0's error.
     """
     if world_size() == 1:
         return work()
@@ -52,9 +52,9 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 
 def long_on_first_rank(work: Callable[[], T], period: float = 10.0) -> T:
-    """Do as `on_first_rank` for work that may take longer than a collective operation may wait.
+    """Like `on_first_rank`, for work that may take longer than a collective operation may wait.
 
-    The ranks exchange a sign of life every `period` seconds; `work` runs in a thread of its own on rank 0.
+    The ranks exchange a heartbeat every `period` seconds; `work` runs in a separate thread on rank 0.
     """
     if world_size() == 1:
         return work()
@@ -73,7 +73,7 @@ _sharing: Sharing | None = None
 
 
 class _Folder:
-    """A store in a folder, in which a process finds what the one that started it has left there."""
+    """A store in a folder, in which a process finds what the process that started it has left there."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
@@ -82,7 +82,7 @@ class _Folder:
         return self._folder / hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
 
     def set(self, name: str, value: str | bytes) -> None:
-        """Keep a value; a value that cannot be written, as on a full disk, is made anew by whoever needs it."""
+        """Keep a value; one that cannot be written, as on a full disk, is recomputed by whoever needs it."""
         with contextlib.suppress(OSError):
             write_atomically(self._file(name), value.encode() if isinstance(value, str) else value)
 
@@ -91,12 +91,12 @@ class _Folder:
         return self._file(name).read_bytes()
 
     def check(self, names: list[str]) -> bool:
-        """Return whether the values are there; nothing is added when another process looks."""
+        """Return whether the values are there; nothing is added while another process looks."""
         return names == ["closed"] or all(self._file(name).is_file() for name in names)
 
 
 class Sharing:
-    """What the first process makes for all, within `sharing`: through the store of their addresses, or a folder."""
+    """What the first process computes for all, within `sharing`: shared through their address store, or a folder."""
 
     _rounds = 0
 
@@ -142,17 +142,17 @@ class Sharing:
         return pickle.loads(zlib.decompress(b"".join(parts))) if parts else make()
 
     def close(self) -> None:
-        """Let the other ranks make themselves what rank 0 has not made."""
+        """Make the other ranks compute what rank 0 has not."""
         if self._is_first:
             self._store.set("closed", "")
 
 
 @contextmanager
 def sharing(folder: str = "", *, is_first: bool = True) -> Iterator[None]:
-    """Let rank 0 make what `made_by_first_rank` asks for, within this context, which all ranks enter.
+    """Let rank 0 compute what `made_by_first_rank` asks for, within this context, which all ranks enter.
 
     Args:
-        folder: where processes that have not met yet find what the first has made, who starts them later; else empty.
+        folder: where processes that the first one starts later find what it has computed; empty if there are none.
         is_first: whether this process is the first of these.
     """
     global _sharing
@@ -166,20 +166,20 @@ def sharing(folder: str = "", *, is_first: bool = True) -> Iterator[None]:
 
 
 def made_by_first_rank(name: str, make: Callable[[], T]) -> T:
-    """Return what `make` returns on rank 0, on every rank, within `sharing`; elsewhere each rank makes it itself.
+    """Return rank 0's result of `make` on every rank, within `sharing`; elsewhere each rank computes it itself.
 
-    The value goes through the processes' store of addresses, not through a collective operation: a rank that fails
-    before, or asks for something else, lets none wait. Where rank 0 raises an error, the others call `make` too.
+    The value goes through the processes' address store, not through a collective operation: a rank that fails before,
+    or asks for something else, makes no rank wait. If rank 0 raises an error, the others call `make` too.
 
     Args:
-        name: what is made; a second call of the same name gives the same value.
-        make: returns a value that can be pickled.
+        name: what is computed; a second call with the same name returns the same value.
+        make: returns a picklable value.
     """
     return make() if _sharing is None else _sharing.get(name, make)
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """Call `work` on every rank and return its value; an error on one rank ends all ranks, so that none waits forever.
+    """Call `work` on every rank and return its value; an error on one rank ends all, so that none waits forever.
 
     Raises:
         RunFolderError: on the ranks without an error, with the message of the first rank that has one.
@@ -204,7 +204,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return the small and picklable values of all ranks, in rank order."""
+    """Return the small, picklable values of all ranks, in rank order."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -221,7 +221,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of a detached tensor over all ranks, of the tensor's shape."""
+    """Return the mean of a detached tensor over all ranks."""
     if world_size() == 1:
         return value
     total = value.clone()

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and that an extra of pecobook installs."""
+"""Packages that only some commands need, installed by pecobook's extras."""
 
 from __future__ import annotations
 

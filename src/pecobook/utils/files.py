@@ -1,4 +1,4 @@
-"""Files that survive a power cut: a file appears under its name complete, or not at all."""
+"""Files that survive a power cut: a file appears under its name either complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write `data` or its parts under a temporary name in the same folder, flush to the disk, and rename to `path`."""
+    """Write `data` or its parts under a temporary name in the same folder, flush to disk, and rename to `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -25,14 +25,14 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, completely or not at all."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def without_folders(text: str) -> str:
-    """Return the last part of a path, or of several separated by commas, for what leaves this machine.
+    """Return the last part of a path, or of several separated by commas, for text that leaves this machine.
 
-    Names of the hub, timm and torchvision, and JSON, stay as they are.
+    Names on the hub and in timm and torchvision, and JSON, are unchanged.
     """
     prefix, colon, location = text.partition(":")
     if prefix in ("dalle", "diffusers"):

@@ -1,4 +1,4 @@
-"""A lock on a folder: only one process at a time writes into the folder, or one for each part of it."""
+"""A lock on a folder: only one process at a time writes to the folder, or one for each part of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import filelock
 from pecobook.errors import RunFolderError, first_line
 
 LOCK_FILES = frozenset({".lock", ".soft-lock"})
-"""Files in a folder while it is locked; they also remain after the process was killed."""
+"""Files in a folder while it is locked; they remain if the process is killed."""
 
 NO_LOCK = "PECOBOOK_NO_LOCK"
 """Environment variable that turns locking off."""
@@ -22,11 +22,11 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class FolderBusyError(RunFolderError):
-    """Another process writes the folder."""
+    """Another process is writing to the folder."""
 
 
 def content(folder: Path) -> list[Path]:
-    """Return the entries of a folder without the lock files; an empty list where there is no folder."""
+    """Return the entries of a folder without the lock files; an empty list if there is no folder."""
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if path.name not in LOCK_FILES and not _PART_FILE.fullmatch(path.name)]
@@ -40,9 +40,9 @@ class FolderLock:
 
     Args:
         folder: the folder, which must exist.
-        part: the part that is locked, as "2-of-8", so that processes with other parts of the same number of parts may
-            write too. The caller holds the lock of the whole folder with `shared` meanwhile.
-        shared: whether other processes may hold parts while this one holds the whole folder, which is short.
+        part: the part that is locked, such as "2-of-8", so that processes with other parts of the same number of parts
+            may write too. Meanwhile the caller holds the lock of the whole folder with `shared`.
+        shared: whether other processes may hold parts while this one holds the whole folder, which is brief.
         wait: seconds to wait for a process that holds the lock.
 
     Raises:
@@ -115,7 +115,7 @@ class FolderLock:
 
 
 def _held_parts(folder: Path) -> list[str]:
-    """Return the parts that processes hold; the files of processes that were killed are deleted."""
+    """Return the parts that processes hold; the files of killed processes are deleted."""
     held = []
     for part in sorted({match[1] for path in folder.iterdir() if (match := _PART_FILE.fullmatch(path.name))}):
         try:

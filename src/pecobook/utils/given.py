@@ -1,7 +1,7 @@
-"""Objects that Python code gives a run in place of names: data sets, networks, a transform, a hook.
+"""Objects that Python code passes to a run instead of names: data sets, networks, a transform, a hook.
 
-The settings hold the name `python:CLASS` in the place of such an object, and config.json therefore tells what it was.
-No file holds the object itself: a run resumes with it where the same Python code gives it again.
+The settings contain the name `python:CLASS` instead of such an object, and config.json therefore tells what it was. No
+file contains the object itself: a run can resume if the same Python code passes it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _objects: dict[str, Any] = {}
 
 
 def name_of(value: Any) -> str:
-    """Return what config.json says of an object: `python:` and its class, a function's name, or the number of files."""
+    """Return an object's entry in config.json: `python:` and its class, a function's name, or the number of files."""
     if isinstance(value, list | tuple):
         return f"{PREFIX}list of {len(value)} files"
     if isinstance(value, Mapping):
@@ -41,7 +41,7 @@ def given(setting: str, name: str) -> Any:
     """Return the object that stands for the value `name` of a setting; None for the name of anything else.
 
     Raises:
-        ConfigError: the name is that of an object, and no code gave the object.
+        ConfigError: the name is that of an object, but no code passed the object.
     """
     if not name.startswith(PREFIX):
         return None
@@ -55,10 +55,10 @@ def given(setting: str, name: str) -> Any:
 
 
 def hook(kind: str) -> Any:
-    """Return the `transform` or `on_step` that code gave; None without one."""
+    """Return the `transform` or `on_step` that code passed; None if there is none."""
     return _objects.get(kind)
 
 
 def hooks() -> dict[str, str]:
-    """Return the names of transform and hook, for config.json, which has no setting for them."""
+    """Return the names of the transform and the hook, for config.json, which has no setting for them."""
     return {kind: name_of(_objects[kind]) for kind in ("transform", "on_step") if kind in _objects}

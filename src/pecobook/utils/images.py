@@ -1,4 +1,4 @@
-"""Sizes, value ranges, normalisation and memory layout of images, and pictures of Pillow."""
+"""Sizes, value ranges, normalisation and memory layout of images, and Pillow pictures."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def as_images(images: Tensor, channels: Sequence[int], stride: int = 1, *, check
     """Return images as float32 (B, C, H, W) in [0, 1]; uint8 is divided by 255.
 
     Args:
-        images: uint8 in 0..255, or floats of any precision in [0, 1], which may overshoot a little, as after a bicubic
+        images: uint8 in 0..255, or floats of any precision in [0, 1], which may overshoot slightly, as after a bicubic
             resize.
-        channels: the values of C that are possible.
+        channels: the allowed values of C.
         stride: divisor of the sides.
-        check: whether to look at the values, which waits for a GPU.
+        check: whether to check the values, which waits for a GPU.
 
     Raises:
         ValueError: the shape, the type or the values are others.
@@ -92,25 +92,25 @@ def check_pixels(image: Tensor) -> None:
 
 
 def to_pillow(image: Tensor) -> Image.Image:
-    """Convert an image, uint8 (3, H, W), to a picture of Pillow."""
+    """Convert an image, uint8 (3, H, W), to a Pillow picture."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def encode_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    """Encode a picture of Pillow as PNG or JPEG, with the options of its `save`."""
+    """Encode a Pillow picture as PNG or JPEG, with the options of its `save`."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 class Normalised(nn.Module):
-    """A module whose images are normalised as its network was trained; its state dict leaves the numbers out."""
+    """A module whose images are normalised as in its network's training; its state dict leaves the numbers out."""
 
     mean: Tensor
     std: Tensor
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set mean and standard deviation of the channels, of images in [0, 1]."""
+        """Set the mean and standard deviation of the channels, for images in [0, 1]."""
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
@@ -120,11 +120,11 @@ class Normalised(nn.Module):
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """Return images (B, C, H, W) in the memory layout in which convolutions are fast; the values do not change."""
+    """Return images (B, C, H, W) in the memory layout that makes convolutions fast; the values do not change."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def fitted_size(height: int, width: int, short: float, long: float) -> tuple[int, int]:
-    """Return height and width scaled to the short side `short`, or less where the long side would exceed `long`."""
+    """Return height and width scaled to the short side `short`, or less if the long side would exceed `long`."""
     scale = min(short / min(height, width), long / max(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)

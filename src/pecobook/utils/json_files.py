@@ -1,6 +1,6 @@
-"""The one reader of the JSON files that pecobook writes. Users edit and disks damage them, so it checks every field.
+"""The only reader of the JSON files that pecobook writes. Users edit and disks damage them, so it checks every field.
 
-A schema gives a kind to each field of a file: one of the kinds below, or a schema for an object in the file.
+A schema assigns a kind to each field of a file: one of the kinds below, or a schema for a nested object.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Kind(NamedTuple):
     """A kind of value."""
 
     words: str
-    """What such a value is, with an article."""
+    """A description of such a value, with an article."""
     holds: Callable[[Any], bool]
     optional: bool = False
     """Whether the field may be missing or null."""
 
     @property
     def or_none(self) -> Kind:
-        """The same kind, of a field that may be missing or null."""
+        """The same kind, for a field that may be missing or null."""
         return self._replace(optional=True)
 
 
@@ -51,7 +51,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
 def list_of(kind: Kind, length: int | None = None) -> Kind:
-    """Return the kind of a list of values of one kind."""
+    """Return the kind of a list whose values are of one kind."""
     number = "" if length is None else f"{length} times "
     return Kind(
         f"a list of {number}{kind.words}",
@@ -70,14 +70,14 @@ def read_json(
 
     Args:
         file: the file.
-        schema: the kinds of the fields that the file must have, or a function that chooses them by the content; the
+        schema: the kinds of the fields that the file must have, or a function that chooses them from the content; the
             file may have more.
         error: the class of the error.
-        remedy: what the user can do, the end of the message.
+        remedy: what the user can do, used as the end of the message.
 
     Raises:
         FileNotFoundError: there is no such file.
-        PecobookError: of the class `error`: the file cannot be read, holds no JSON object, or lacks a field.
+        PecobookError: of the class `error`: the file cannot be read, contains no JSON object, or lacks a field.
     """
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def read_json(
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a text in JSON. Raises ValueError, also for a name twice in an object."""
+    """Return the value of a JSON text. Raises ValueError, also for a duplicate name in an object."""
     return json.loads(text, object_pairs_hook=_without_repeats)
 
 
@@ -109,7 +109,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in a text. Raises ValueError where there is none."""
+    """Return the JSON object in a text. Raises ValueError if there is none."""
     content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
@@ -117,7 +117,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any] | None:
-    """Read a JSON object as `read_json` does; return None where the file is missing or unusable."""
+    """Read a JSON object as `read_json` does; return None if the file is missing or unusable."""
     try:
         return read_json(file, schema)
     except (FileNotFoundError, PecobookError):
@@ -125,7 +125,7 @@ def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any] | 
 
 
 def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:
-    """Return what is wrong with the first wrong field, or an empty text."""
+    """Return what is wrong with the first wrong field, or an empty string."""
     for name, kind in schema.items():
         value, full = content.get(name), f"{prefix}{name}"
         if isinstance(kind, Mapping):
@@ -141,9 +141,9 @@ def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:
 
 
 def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the lines of a metrics.jsonl and what they hold; lines that a crash cut off or damaged are left out.
+    """Return the lines of a metrics.jsonl and their values; lines that a crash cut off or damaged are left out.
 
-    A line that was cut off while an evaluation was added to it is given as it was before.
+    A line that was cut off while an evaluation was added to it is returned as it was before.
     """
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -161,11 +161,11 @@ def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, one for each logged step, without those that a crash damaged."""
+    """Return the records of a metrics.jsonl, one per logged step, without those that a crash damaged."""
     return [record for _, record in metric_lines(path)]
 
 
 def evaluation_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an evaluation has measured at a logged step, by names without `evaluation/`; empty without one."""
+    """Return the results of the evaluation at a logged step, by name without `evaluation/`; empty if there was none."""
     prefix = "evaluation/"
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}

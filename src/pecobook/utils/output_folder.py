@@ -15,7 +15,7 @@ from pecobook.utils.json_files import Schema, read_if_valid, read_json
 from pecobook.utils.printer import say
 
 SHARED_WAIT = 60.0
-"""Seconds to wait for the lock of a folder that several processes write at once."""
+"""Seconds to wait for the lock of a folder that several processes write to at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,31 +25,31 @@ class OutputFolder:
     out: str
     """Path of the folder, as the user wrote it."""
     example: str = "runs/first"
-    """An example of a path, for the error message where `out` is empty."""
+    """An example path, for the error message if `out` is empty."""
     kind: str = ""
     """Name of the content, with an article: "a token bank"."""
     marker: str = ""
-    """JSON file that identifies a folder of this kind, the first file that the command writes; a folder without the
-    file can be neither resumed nor overwritten."""
+    """JSON file that identifies a folder of this kind, the first file that the command writes; a folder without it can
+    be neither resumed nor overwritten."""
     schema: Schema = dataclasses.field(default_factory=dict)
-    """What the marker holds in a folder of this kind; other folders may hold a file of its name."""
+    """The marker's content in a folder of this kind; other folders may have a file with its name."""
     files: tuple[str, ...] = ()
     """Patterns of the files that the command writes, relative to the folder; `--overwrite` deletes only these."""
     data: str = ""
     """The image source that the command reads; the folder must lie apart from it."""
     reads: tuple[str, ...] = ()
-    """Other files and folders that the command reads; `--overwrite` refuses a folder that holds one."""
+    """Other files and folders that the command reads; `--overwrite` refuses a folder that contains one."""
     resume: bool | None = None
-    """Whether `--resume` was given; None where the command has no such flag."""
+    """Whether `--resume` was given; None if the command has no such flag."""
     overwrite: bool | None = None
-    """Whether `--overwrite` was given; None where the command has no such flag."""
+    """Whether `--overwrite` was given; None if the command has no such flag."""
     always_resumes: bool = False
     """Whether the command resumes a folder of this kind without a flag, or `--resume auto` was given."""
     shared: bool = False
-    """Whether other processes may write parts of the folder, each under a lock of its own; the lock of the folder is
-    then held for a moment only, and waited for."""
+    """Whether other processes may write parts of the folder, each with its own lock; the lock of the folder is then
+    held only briefly, and waited for."""
     check_resume: Callable[[dict[str, Any]], None] | None = None
-    """Takes the content of the marker, and raises RunFolderError where the folder cannot be resumed."""
+    """Takes the content of the marker, and raises RunFolderError if the folder cannot be resumed."""
 
     @property
     def path(self) -> Path:
@@ -57,7 +57,7 @@ class OutputFolder:
         return Path(self.out)
 
     def check(self) -> None:
-        """Raise RunFolderError when the folder cannot be used under these rules. Changes nothing."""
+        """Raise RunFolderError if the folder cannot be used under these rules. Changes nothing."""
         out, noun = self.path, re.sub(r"^an? ", "", self.kind)
         if not self.out:
             raise RunFolderError(f"--out is missing: name the folder to write, for example --out {self.example}.")
@@ -95,7 +95,7 @@ class OutputFolder:
         _check_permission(out, parent)
 
     def _check_apart_from_data(self) -> None:
-        """Raise RunFolderError when the folder is, contains or lies inside the folder of images."""
+        """Raise RunFolderError if the folder is, contains or lies inside the folder of images."""
         data = Path(self.data).expanduser()
         if not self.data or self.data.startswith("hf:") or not ("/" in self.data or data.exists()):
             return
@@ -120,7 +120,7 @@ class OutputFolder:
         return {path for pattern in patterns for path in self.path.glob(pattern) if not path.is_dir()}
 
     def _refuse_to_delete_inputs(self) -> None:
-        """Raise RunFolderError where `overwrite` would delete what the command reads, or files behind a link."""
+        """Raise RunFolderError if `overwrite` would delete what the command reads, or files behind a link."""
         out = self.path.resolve()
         for text in self.reads:
             path = Path(text).expanduser()
@@ -134,7 +134,7 @@ class OutputFolder:
             )
 
     def _delete_files(self) -> None:
-        """Delete the files that the command writes, and the folders that this leaves empty; name what remains."""
+        """Delete the files that the command writes, and folders that become empty; name what remains."""
         files = self._written_files()
         for file in sorted(files, key=lambda path: path.name == self.marker):  # last: until then the folder is ours
             file.unlink()
@@ -156,7 +156,7 @@ class OutputFolder:
         """Create the folder, lock it, empty it under `overwrite`, and call `write` to write its first files.
 
         Returns:
-            the lock: call `release`, or use the lock as a context, when everything is written.
+            the lock: call `release`, or use the lock as a context manager, once everything is written.
 
         Raises:
             RunFolderError: another process holds the folder, or it cannot be written; the lock is then released.
@@ -180,14 +180,14 @@ class OutputFolder:
 
 
 def _check_length(path: Path, flag: str = "out") -> None:
-    """Raise RunFolderError when a file system cannot hold the name."""
+    """Raise RunFolderError if a file system cannot hold the name."""
     name = max(path.parts, key=len, default="")
     if len(os.fsencode(name)) > 255:
         raise RunFolderError(f"--{flag}: the name '{name}' is longer than 255 bytes: give a shorter name.")
 
 
 def check_new_file(out: str, flag: str = "out") -> None:
-    """Raise RunFolderError when the file of a flag exists or cannot be written; an empty `out` names no file."""
+    """Raise RunFolderError if a flag's file exists or cannot be written; an empty `out` names no file."""
     file = Path(out)
     _check_length(file, flag)
     if out and file.exists():

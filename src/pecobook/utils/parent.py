@@ -1,4 +1,4 @@
-"""Children that end with their parent: a command that starts pecobook as a process never leaves it running alone."""
+"""Child processes that end with their parent: a command that starts pecobook as a process never leaves it behind."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 
 _PARENT = "PECOBOOK_PARENT"
 _PERIOD = 1.0
-"""Seconds between two looks at the parent; a look works on every system, which a signal of the kernel does not."""
+"""Seconds between two checks of the parent; polling works on every system, unlike a signal from the kernel."""
 
 
 def child_environment() -> dict[str, str]:
-    """Return the variables with which a child of this process ends when this process does, however it ends."""
+    """Return the environment variables that make a child end when this process does, however it ends."""
     return {_PARENT: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-    """Watch the process that started this one, where it asked for that.
+    """Watch the process that started this one, if that process asked for it.
 
-    When it has ended, this process gets SIGTERM, after which a training saves its step. A rank that the first rank has
-    started is killed, since it may wait for the first one for ever.
+    When it has ended, this process gets SIGTERM, after which a training run saves its step. A rank that the first rank
+    has started is killed, since it might wait for the first one forever.
     """
     text = os.environ.get(_PARENT, "")
     parent = int(text) if text.isdecimal() else 0

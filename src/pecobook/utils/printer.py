@@ -1,6 +1,6 @@
-"""The one printer: all that pecobook tells its user goes through here, with control characters escaped.
+"""The only printer: everything that pecobook tells its user goes through here, with control characters escaped.
 
-Names of files and messages of libraries may hold characters that change a terminal or forge a line of a log.
+File names and library messages may contain characters that alter a terminal or forge a line of a log.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pecobook.errors import printable
 
 
 class _Run:
-    """Where the output of the present run goes."""
+    """Where the output of the current run goes."""
 
     quiet = False
-    """Whether this process says nothing, since another process of the run does."""
+    """Whether this process prints nothing, since another process of the run does."""
     notes: list[str] | None = None
-    """What was said before train.log was open; None outside a run."""
+    """Notes from before train.log was open; None outside a run."""
     log: Callable[[str], None] | None = None
-    """Writes a line into train.log."""
+    """Writes a line to train.log."""
     screen: Callable[[str], None] | None = None
     """Prints above a live bar; None without one."""
     waiting: threading.Event | None = None
@@ -32,16 +32,16 @@ class _Run:
 
 _run = _Run()
 _said: set[str] = set()
-"""What `say_once` has spoken about in this process."""
+"""The matters that `say_once` has mentioned in this process."""
 _lock = threading.RLock()
 """Held while the live line of `doing` is drawn or erased."""
 
 
 def show(text: str, *, stdout: bool = False, end: str = "\n", always: bool = False) -> None:
-    """Print text to the screen: on standard error, or on standard output what other programs may read.
+    """Print text to the screen: on standard error or, if other programs may read it, on standard output.
 
-    Where standard error has gone, as with a closed terminal or the disk of its file full, the text is lost, and not the
-    run. With `always` a process speaks that otherwise leaves it to another one.
+    If standard error is gone, as with a closed terminal or a full disk, the text is lost, but not the run. With
+    `always`, a process prints even if it would otherwise leave that to another one.
     """
     text = printable(text, keep="\n\t")
     if _run.quiet and not always:
@@ -55,10 +55,10 @@ def show(text: str, *, stdout: bool = False, end: str = "\n", always: bool = Fal
 
 
 def doing(text: str, *, after: float = 5) -> None:
-    """Say what the command does until it shows something else; an empty text ends that.
+    """Say what the command is doing until it shows something else; an empty text ends that.
 
-    A terminal gets a live line at once, with the seconds that have passed. A log gets a plain line if the command is
-    still at it after `after` seconds.
+    A terminal gets a live line at once, with the elapsed seconds. A log gets a plain line if the command is still busy
+    after `after` seconds.
     """
     with _lock:
         if _run.waiting is not None:
@@ -94,7 +94,7 @@ def _say_late(text: str, over: threading.Event, after: float) -> None:
 
 
 def _draw(text: str) -> None:
-    """Replace the line of the cursor, which was empty or a live line."""
+    """Replace the cursor's line, which was empty or a live line."""
     with contextlib.suppress(OSError):
         print(f"\r\x1b[2K{printable(text)}", end="", file=sys.stderr, flush=True)
 
@@ -104,7 +104,7 @@ def _is_terminal() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a note on standard error and, in a run, write it into train.log, as soon as there is one."""
+    """Print a note on standard error and, in a run, write it to train.log as soon as there is one."""
     if not text or _run.quiet:
         return
     show(text)
@@ -115,7 +115,7 @@ def say(text: str) -> None:
 
 
 def say_once(about: str, text: str) -> None:
-    """Say a text as `say` does, the first time that something is said about a matter; worker processes say nothing."""
+    """Say a text as `say` does, but only the first time for a given matter; worker processes say nothing."""
     if about not in _said and parent_process() is None:
         say(text)
     _said.add(about)
@@ -123,7 +123,7 @@ def say_once(about: str, text: str) -> None:
 
 @contextlib.contextmanager
 def of_run(*, quiet: bool) -> Iterator[None]:
-    """Within the context notes are kept for train.log; with `quiet` this process says nothing."""
+    """Within the context notes are kept for train.log; with `quiet` this process prints nothing."""
     _run.quiet, _run.notes, _run.log = quiet, [], None
     try:
         yield
@@ -132,7 +132,7 @@ def of_run(*, quiet: bool) -> Iterator[None]:
 
 
 def write_notes_to(log: Callable[[str], None] | None) -> None:
-    """Write the notes of the run so far, and all later ones, by `log`; None ends that."""
+    """Write the run's notes so far, and all later ones, with `log`; None ends that."""
     notes, _run.notes, _run.log = _run.notes or [], None, log
     if log is not None:
         for note in notes:
@@ -140,5 +140,5 @@ def write_notes_to(log: Callable[[str], None] | None) -> None:
 
 
 def print_above(screen: Callable[[str], None] | None) -> None:
-    """Print by `screen`, above a live bar, until this is called with None."""
+    """Print with `screen`, above a live bar, until this is called with None."""
     _run.screen = screen

@@ -1,4 +1,4 @@
-"""Vectors at unit length."""
+"""Vectors scaled to unit length."""
 
 from __future__ import annotations
 
