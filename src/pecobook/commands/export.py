@@ -30,7 +30,7 @@ def export(config: ExportConfig) -> Path:
     """Write the exported files, print Python that applies them to an image, and return their folder.
 
     Raises:
-        PecobookError: the run does not exist, or the format cannot hold its model.
+        PecobookError: the run does not exist, or the format does not support its model.
     """
     missing = [f"--{name}" for name in ("run", "out") if not getattr(config, name)]
     if missing:
@@ -49,7 +49,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def _writer(config: ExportConfig) -> Callable[[], str]:
-    """Return the function that writes the files and returns Python lines that use them. Raises PecobookError."""
+    """Return the function that writes the files and returns Python code that uses them. Raises PecobookError."""
     kind, out = read_settings(config.run).get("kind"), Path(config.out)
     if kind == "tokenizer":
         if config.format != "onnx":
@@ -80,7 +80,7 @@ def _writer(config: ExportConfig) -> Callable[[], str]:
 
 
 def _to_onnx(write: Callable[[Any, Path], object], model: Any, out: Path) -> str:
-    """Write ONNX files and README.md; return the lines of the README with the paths of the files."""
+    """Write ONNX files and README.md; return the README's code with the paths of the files."""
     write(model, out)
     lines = (out / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
     for file in out.glob("*.onnx"):
@@ -150,7 +150,7 @@ def _to_huggingface(config: ExportConfig, network: Any) -> str:
 def _architecture(
     config: ExportConfig, network: Backbone, state: dict[str, Tensor], body: dict[str, Tensor]
 ) -> tuple[str, dict[str, Tensor]]:
-    """Return the name of transformers' class for the weights, and the weights under the names of this class.
+    """Return the name of the transformers class for the weights, and the weights under that class's names.
 
     Args:
         config: names the run.

@@ -34,7 +34,7 @@ def names_tokenizer(source: str) -> bool:
 
 
 def open_backbone(config: ProbeConfig | EmbedConfig, seed: int) -> tuple[Backbone, int]:
-    """Load the frozen network of --backbone, say what was taken, and return it with the side of its images, pixels."""
+    """Load the frozen network of --backbone, report what was taken, and return it with its image size in pixels."""
     torch.manual_seed(seed)
     backbone = load_backbone(
         config.backbone,
@@ -48,7 +48,7 @@ def open_backbone(config: ProbeConfig | EmbedConfig, seed: int) -> tuple[Backbon
 
 
 def check_reads(reader: nn.Module, size: int, source: str) -> None:
-    """Move `reader`, made of the network `source`, to the device. Raises WeightsError if images do not fit."""
+    """Move `reader`, made from the network `source`, to the device. Raises WeightsError if images do not fit."""
     images = torch.zeros(2, 3, size, size)
     purpose = f"read images of {size} pixels"
     dry_run(reader.eval(), (images,), network=source, purpose=purpose, backward=False)
@@ -60,13 +60,13 @@ FeatureFunction = Callable[[Tensor], dict[str, Tensor]]
 
 
 class _Rows:
-    """Rows that come in batches into memory that holds them all from the start, so that they are never there twice."""
+    """Rows that arrive in batches, stored in preallocated memory, so that they are never held twice."""
 
     def __init__(self, most: int) -> None:
         self._most, self._count, self._all = most, 0, torch.empty(0)
 
     def add(self, rows: Tensor) -> None:
-        """Add rows (B, ...), real numbers in half precision where they fit."""
+        """Add rows (B, ...), real numbers in half precision if they fit."""
         dtype = rows.dtype
         if rows.is_floating_point():
             dtype = torch.float16 if rows.abs().max() < 6e4 else dtype
@@ -95,8 +95,8 @@ def extract(
         description: text of the progress line.
 
     Returns:
-        name to features (N, ...), real numbers in half precision where they fit; and labels int64 (N,), or None when
-        the source has no labels.
+        features (N, ...) by name, real numbers in half precision if they fit; and labels int64 (N,), or None if the
+        source has no labels.
     """
     parts: dict[str, _Rows] = {}
     labels: list[Tensor] = []

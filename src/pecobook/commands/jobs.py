@@ -34,7 +34,7 @@ from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
 
 _LAST_FILE = {"analyze": "report.html", "predict": "robustness.json"}
-"""The file that a command writes last, where it is not that of a training; a token bank ends with its last shard."""
+"""The file that a command writes last, if it differs from a training's; a token bank ends with its last shard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Job:
     config: Any
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
-    """Names of the jobs that must be finished before."""
+    """Names of the jobs that must be finished first."""
     work: float = 1.0
     """Duration relative to the other jobs; only the estimate of the remaining time uses it."""
 
@@ -80,7 +80,7 @@ class Job:
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
-        """The words of the command line after `pecobook`; the same words begin the job, and continue or repeat it."""
+        """The command line after `pecobook`; the same words start the job, and continue or repeat it."""
         if self.command == "predict":  # what is interrupted leaves an empty folder
             return (self.command, *flag_words(self.config, type(self.config)(), always=("run", "images", "out")))
         if self.command not in (*RECIPES, "tokenize"):
@@ -162,7 +162,7 @@ def _exit_on_signals() -> Iterator[None]:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of the jobs that were not finished by this process."""
+    """The fate of the jobs that this process did not finish."""
 
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     """The last lines that a failed job printed, by its name."""
@@ -170,7 +170,7 @@ class Outcome:
     """The failed job that a job needs, by the name of the job that was not run."""
 
     def check(self, out: Path) -> None:
-        """Raise PecobookError when a job failed."""
+        """Raise PecobookError if a job failed."""
         if not self.failed:
             return
         lines = []
@@ -183,14 +183,14 @@ class Outcome:
 
 
 _PERIOD = 0.5
-"""Seconds between two looks at the folders of up to 50 jobs; more jobs are looked at less often."""
+"""Seconds between checks of the folders of up to 50 jobs; more jobs are checked less often."""
 
 
 @_exit_on_signals()
 def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept_data_change: bool = False) -> Outcome:
     """Run all unfinished jobs that no other process runs, and wait for those that another process runs.
 
-    A job that fails does not end the others; those that need it are not run. Interrupted jobs refuse data that have
+    A failing job does not end the others; those that need it are not run. Interrupted jobs refuse data that have
     changed since they began, unless `accept_data_change` is given.
     """
     (out / "logs").mkdir(exist_ok=True)
@@ -236,7 +236,7 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept
 
 
 def seconds_of(jobs: Mapping[str, Job]) -> dict[str, float]:
-    """Return the seconds of every finished job but token banks and probes, which do not record theirs."""
+    """Return the seconds of every finished job except token banks and probes, which do not record theirs."""
     untimed = ("tokenize", "probe")
     return {name: job_seconds(job) for name, job in jobs.items() if job.command not in untimed and job.finished}
 
@@ -244,7 +244,7 @@ def seconds_of(jobs: Mapping[str, Job]) -> dict[str, float]:
 def _try_lock(job: Job, folder: Path) -> FolderLock | None:
     """Return the lock of a job that no process runs; None for a job that another process runs or has finished.
 
-    A process that was started by hand, or whose starter was killed a moment ago, locks the job's own folder alone.
+    A process that was started by hand, or whose starter was killed a moment ago, locks only the job's own folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -281,7 +281,7 @@ class _Running:
                 os.sched_setaffinity(self.process.pid, slot.cores)
 
     def finish(self) -> str:
-        """Close the log and release the job; return the last lines of a failed run, and else an empty text."""
+        """Close the log and release the job; return the last lines of a failed run, otherwise an empty string."""
         self.log.close()
         self.lock.release()
         if not self.process.returncode:
@@ -343,7 +343,7 @@ class Progress:
 
 
 def _last_step(run: Path) -> int:
-    """Return the last logged step of a run; 0 when nothing has been logged."""
+    """Return the last logged step of a run; 0 if nothing has been logged."""
     try:
         records = read_metrics(run / "metrics.jsonl")
     except OSError:
@@ -352,14 +352,14 @@ def _last_step(run: Path) -> int:
 
 
 def read_analysis(folder: Path) -> dict[str, Any]:
-    """Return the content of an analysis.json of one tokenizer or more. Raises RunFolderError where it is damaged."""
+    """Return the content of an analysis.json of one or more tokenizers. Raises RunFolderError if it is damaged."""
     some = Kind("a list of one object or more", lambda value: bool(value) and list_of(OBJECT).holds(value))
     schema = {"seconds": NUMBER, "tokenizers": some}
     return read_json(folder / "analysis.json", schema, remedy="Delete that folder, and start again.")
 
 
 def job_seconds(job: Job) -> float:
-    """Return the seconds that a finished job took, from its start to its end by the times of its files.
+    """Return the seconds that a finished job took, from start to end according to its files' times.
 
     For a resumed job it is the time of the logged steps, so that the time between interruption and resumption does not
     count.

@@ -26,7 +26,7 @@ class MaskedRun(Normalised):
     """The masked image model and the tokenizer of a run with --target tokens.
 
     `run(images, mask)` predicts codes and `run.encode(images)` computes them. Both take images float (B, 3, S, S) in
-    [0, 1]: the images are normalised for the model and resized for the tokenizer here.
+    [0, 1], which are normalised for the model and resized for the tokenizer here.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class MaskedRun(Normalised):
 
     @torch.inference_mode()
     def score(self, images: Tensor, codes: Tensor, mask: Tensor, batch_size: int = 64) -> tuple[float, float]:
-        """Return accuracy on masked codes, percent, and perplexity (the exponential of the mean cross-entropy).
+        """Return the accuracy on masked codes, in percent, and the perplexity (exponential of the mean cross-entropy).
 
-        `codes` are the codes of all `images`, as of `encode`, so that several masks need one encoding.
+        `codes` are the codes of all `images`, as from `encode`, so that several masks need only one encoding.
         """
         loss_sum, num_correct, num_masked = torch.zeros((), dtype=torch.float64), 0, 0
         for batch in zip(*(torch.split(tensor, batch_size) for tensor in (images, codes, mask)), strict=True):
@@ -76,7 +76,7 @@ class MaskedRun(Normalised):
 
 
 def is_masked_run(source: str | Path) -> bool:
-    """Whether `source` is a finished run of `pretrain`, or its export folder."""
+    """Return whether `source` is a finished run of `pretrain`, or its export folder."""
     return any((folder / "mim.safetensors").is_file() for folder in (Path(source) / "export", Path(source)))
 
 

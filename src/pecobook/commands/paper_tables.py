@@ -2,7 +2,7 @@
 
 The numbers are from arXiv 2111.12710v3: ImageNet-1K, ViT-B/16 unless a row names another ViT. An arm is a tokenizer, or
 another way to pre-train a backbone (`Arm`); `pecobook reproduce` trains every arm, and the shell completion knows the
-names of the tables.
+table names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pecobook.errors import ConfigError, did_you_mean
 
 PROBE = ("codeword_probe", "linear probe of codewords, %")
 CROSSED = ("crossed_probe", "probe with position removed, %")
-"""The probe of codewords at other positions than those of its training; the paper gives no such figure."""
+"""The probe of codewords at positions other than those it was trained on; the paper gives no such figure."""
 CLASSIFIED = ("classified", "reconstructions classified, %")
 FINETUNED = ("finetuned", "fine-tuned, %")
 DENSE = (("miou", "ADE20K mIoU, %"), ("box_ap", "COCO box AP, %"), ("mask_ap", "COCO mask AP, %"))
@@ -26,11 +26,11 @@ MORE = (
     ("codes_used", "codewords used"),
     ("psnr", "PSNR, dB"),
 )
-"""Figures that are measured in addition; the paper gives none of them."""
+"""Additional figures that are measured; the paper gives none of them."""
 
 
 EPOCHS = 300
-"""Epochs of pre-training in all of the paper's comparisons between tokenizers, and of an arm that names none."""
+"""Epochs of pre-training in all of the paper's tokenizer comparisons, and of an arm that names none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Arm:
     target: str
     """A tokenizer, or a way to train a ViT without a tokenizer."""
     epochs: int = EPOCHS
-    """Epochs of pre-training at budget paper; the lengths of other budgets change in proportion."""
+    """Epochs of pre-training at budget paper; other budgets scale them in proportion."""
     vit: str = "base"
 
     @classmethod
@@ -51,12 +51,12 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The arm as `parse` reads it, as short as possible."""
+        """The shortest text that `parse` reads as this arm."""
         words = [self.target, str(self.epochs), self.vit]
         return "@".join(words[: 3 if self.vit != "base" else 2 if self.epochs != EPOCHS else 1])
 
     def control(self, how: str) -> str:
-        """The arm of this length and ViT whose perceptual network has `random` or `shuffled` weights."""
+        """The arm with this length and ViT whose perceptual network has `random` or `shuffled` weights."""
         return dataclasses.replace(self, target=f"{self.target}-{how}").name
 
 
@@ -67,7 +67,7 @@ class Row:
     label: str
     arm: str
     paper: tuple[float | None, ...] = ()
-    """The paper's numbers in the order of the table's figures. None, or a shorter tuple: the paper has no number."""
+    """The paper's numbers in the order of the table's figures; None or a missing entry: the paper has no number."""
     control: bool = False
     """Whether the row is a control that the paper does not have."""
 
@@ -109,12 +109,12 @@ class PaperTable:
         return (*pairs, *self.more_pairs)
 
     def paper_number(self, row: Row, figure: str) -> float | None:
-        """Return the paper's number of a row in the column of a figure, or None when the paper has no number."""
+        """Return the paper's number for a row and figure, or None if the paper has none."""
         numbers = dict(zip((name for name, _ in self.figures), row.paper, strict=False))
         return numbers.get(figure)
 
     def has_paper_numbers(self, figure: str) -> bool:
-        """Whether the paper gives a number of this figure for any row."""
+        """Return whether the paper gives a number for this figure in any row."""
         return any(self.paper_number(row, figure) is not None for row in self.rows)
 
 
@@ -330,7 +330,7 @@ ALIASES = {
 
 
 def chosen_tables(names: tuple[str, ...]) -> dict[str, PaperTable]:
-    """Return tables by name; a name without the prefix `v1-` is that of a table of version 3 of the paper.
+    """Return tables by name; a name without the prefix `v1-` refers to version 3 of the paper.
 
     Raises:
         ConfigError: no table is named, or a table does not exist.

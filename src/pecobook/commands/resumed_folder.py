@@ -1,4 +1,4 @@
-"""The folder of a command that trains many runs and continues in the same folder: `demo` and `reproduce`."""
+"""The folder of a command that trains many runs and can be resumed in it: `demo` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pecobook.utils.printer import show
 
 
 def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
-    """Return the rules for the folder of a command that resumes its jobs where the folder has the same settings.
+    """Return the rules for the folder of a command that resumes its jobs if the folder has the same settings.
 
     Args:
         out: the folder.
@@ -40,7 +40,7 @@ def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any],
 def begin_or_resume(
     folder: OutputFolder, config: ManyRunsConfig, splits: Splits, settings: dict[str, Any]
 ) -> FolderLock:
-    """Begin the folder, or continue it if its data are those with which it was begun; return its lock.
+    """Create the folder, or continue it if its data are unchanged; return its lock.
 
     Args:
         folder: as of `resumed_folder`.

@@ -1,4 +1,4 @@
-"""The table of all commands with settings: a description, the class of the settings, the content of the short help.
+"""The table of all commands with settings: a description, the settings class, the content of the short help.
 
 The command line, the help pages and the shell completion read this table. A command is the function of the same name
 in `pecobook.commands`, or a training stage.
@@ -36,7 +36,7 @@ class Command(NamedTuple):
     summary: str
     """What the command does, for `pecobook --help`."""
     settings: type[Any]
-    """The class of the command's settings."""
+    """The command's settings class."""
     usage: str
     """The usage line after the name of the command."""
     examples: tuple[str, str]
@@ -44,7 +44,7 @@ class Command(NamedTuple):
     flags: str
     """The names of the flags in the short help, separated by spaces, most used first."""
     words: tuple[str, ...] = ()
-    """The flags whose values may stand first, without the flag. A flag that takes several values takes all words."""
+    """The flags whose values may come first, without the flag. A flag that takes several values takes all words."""
 
 
 _RUN = "out dry-run resume overwrite seed devices precision"

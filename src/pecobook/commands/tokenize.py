@@ -1,7 +1,7 @@
 """`pecobook tokenize` writes the tokens of V views of every image to a token bank, which `pretrain --tokens` replays.
 
-Each process writes whole shards, so any number of processes can write at once, and a killed process loses at most
-one shard.
+Each process writes whole shards, so any number of processes can write at once, and a killed process loses at most one
+shard.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tokenize(config: TokenizeConfig) -> Path:
     """Write a token bank and return its folder.
 
     Raises:
-        PreflightError: all problems that were found before anything was written.
+        PreflightError: lists all problems that were found before anything was written.
         PecobookError: a problem that occurred later.
     """
     if config.shard:
@@ -93,7 +93,7 @@ def tokenize(config: TokenizeConfig) -> Path:
 
 
 def _tokenize_part(config: TokenizeConfig) -> Path:
-    """Write the files of one part beside processes with other parts; the last to finish lists what was skipped."""
+    """Write one part's files, while other processes write other parts; the last to finish lists what was skipped."""
     ready = _preflight(config)
     out, layout, (part, parts) = Path(config.out), bank_layouts(ready.bank_config), config.part
     with _begin(config, ready):
@@ -129,7 +129,7 @@ def _exit_unfinished() -> NoReturn:
 
 
 class _Ready(NamedTuple):
-    """What is checked and opened before anything is written."""
+    """The inputs, checked and opened before anything is written."""
 
     config: TokenizeConfig
     """The settings, with the resolved precision."""
@@ -215,7 +215,7 @@ def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -
 
 
 def _begin(config: TokenizeConfig, ready: _Ready) -> FolderLock:
-    """Begin or continue the bank, with the record of its images. Raises RunFolderError where these have changed."""
+    """Create or continue the bank, with the record of its images. Raises RunFolderError if these have changed."""
     now = record.take(ready.splits, verify=config.verify_data)  # before the folder is locked, since it may take long
 
     def write(out: Path) -> None:
@@ -295,7 +295,7 @@ def _encode(
 
 
 def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
-    """List the images that no process could read, those before a resume included, and print the next command."""
+    """List the images that no process could read, including those from before a resume, and print the next command."""
     if not checksum_file(out / "config.json").exists():
         add_checksum(out / "config.json")
     skipped = [str(error) for split in layout.values() for _, error in sorted(read_skipped(out, split).items())]
@@ -307,10 +307,10 @@ def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
 
 
 def next_command(config: TokenizeConfig, grid: int) -> str:
-    """Return the command that pre-trains on a token bank, with `grid` tokens a side, ready for a shell.
+    """Return the command that pre-trains on a token bank with `grid` tokens per side, ready for a shell.
 
-    It names the recipe of `pretrain` whose views differ least from those of the bank, and all that must differ from the
-    recipe: the views, and for another grid of tokens the patches of the ViT and the masks.
+    It names the `pretrain` recipe whose views differ least from the bank's, and everything that must differ from the
+    recipe: the views and, for another token grid, the ViT's patches and the masks.
     """
 
     def distance(recipe: str) -> int:

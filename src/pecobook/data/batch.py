@@ -17,9 +17,8 @@ class Batch(TypedDict, total=False):
     # ------------------------------------------------------------------------------------------------------- pictures
 
     image: Tensor
-    """uint8 (B, C, S, S): images for codebook, pretrain and finetune, for segment in training and contrast in
-    evaluation; for finetune with --clip.frames T (B, T, C, S, S), or with three crops in evaluation (B, 3, T, C, S,
-    S)."""
+    """uint8 (B, C, S, S): images for codebook, pretrain, finetune, segment in training and contrast in evaluation; for
+    finetune with --clip.frames T (B, T, C, S, S), or with three crops in evaluation (B, 3, T, C, S, S)."""
     images: list[Tensor]
     """uint8 (3, h, w) each: one per image for detect, one per scale of --test.scales for segment in evaluation."""
     view0: Tensor

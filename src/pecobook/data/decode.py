@@ -181,8 +181,7 @@ def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
 
 
 def check_png(data: bytes, name: str = "") -> None:
-    """Raise BadImage if a PNG's pixels do not match their checksum: Pillow fills missing pixels at the end with
-    zeros."""
+    """Raise BadImage if a PNG's pixels do not match their checksum: Pillow fills missing pixels with zeros."""
     start, kind = 8, b""
     while kind != b"IEND" and start + 8 < len(data):
         kind, end = data[start + 4 : start + 8], start + 8 + int.from_bytes(data[start : start + 4], "big")

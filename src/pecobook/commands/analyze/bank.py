@@ -1,6 +1,6 @@
 """Codebook usage and patch galleries of a whole token bank.
 
-The files of the bank are read one after the other and are not kept in memory, so a bank may hold millions of images.
+The bank's files are read one after another and are not kept in memory, so a bank may contain millions of images.
 
 Shapes: V views of each image, latent grid (h, w), K codewords.
 """
@@ -27,7 +27,7 @@ CHUNK = 2**22  # codes that are processed at once
 
 
 class Occurrences:
-    """The occurrences of a codeword in all views of all images, of which the images with the lowest ranks are drawn."""
+    """A codeword's occurrences in all views of all images; the images with the lowest ranks are drawn."""
 
     def __init__(self, codeword: int, shape: tuple[int, ...], patches: int, seed: int) -> None:
         self.codeword, self.images = codeword, 0
@@ -98,8 +98,8 @@ def find_occurrences(
 ) -> list[Occurrences]:
     """Find the occurrences of codewords in all training images.
 
-    The rank of an image is a hash of (seed, codeword, image), and the images with the `patches` lowest ranks are drawn.
-    The drawn images of one codeword therefore depend neither on the other codewords nor on the order of reading, and no
+    An image's rank is a hash of (seed, codeword, image), and the images with the `patches` lowest ranks are drawn.
+    Which images are drawn for a codeword therefore depends neither on other codewords nor on the reading order, and no
     list of all positions is needed.
     """
     layout = bank.layouts["train"]
@@ -118,7 +118,7 @@ def find_occurrences(
 
 
 def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occurrences]) -> list[GalleryRow]:
-    """Cut the drawn patches out of the views that were tokenized; images that are no longer readable are left out."""
+    """Cut the drawn patches out of the tokenized views; images that are no longer readable are left out."""
     rows = []
     for occurrence in occurrences:
         patches = []

@@ -43,7 +43,7 @@ class RestrictedClassifier:
 
     @torch.inference_mode()
     def num_correct(self, images: Tensor, labels: Tensor) -> int:
-        """Return the number of images (N, 3, H, W) that are classified as `labels`; arguments as of `accuracy`."""
+        """Return the number of images (N, 3, H, W) that are classified as `labels`; arguments as for `accuracy`."""
         correct = 0
         for part, part_labels in zip(torch.split(images, 64), torch.split(labels, 64), strict=True):
             x = part.to(self.columns.device)
@@ -58,7 +58,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
     """Load the classifier of the settings.
 
     Raises:
-        PecobookError: the classifier does not exist, or does not have the classes of the data.
+        PecobookError: the classifier does not exist, or lacks classes of the data.
     """
     classes = splits.train.classes
     if classes is None:
@@ -93,7 +93,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
 
 
 def _open_timm(name: str, config: AnalyzeConfig) -> tuple[nn.Module, int, Normalisation]:
-    """Return a network of timm with its head, the side of its input in pixels, and its normalisation."""
+    """Return a timm network with its head, the side of its input in pixels, and its normalisation."""
     file, timm_name, side = config.classifier_weights, name.removeprefix("timm:"), None
     if file:
         checkpoint = read_checkpoint(file)

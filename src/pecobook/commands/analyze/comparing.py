@@ -70,7 +70,7 @@ def summary_of_comparisons(results: Results) -> tuple[str, ...]:
 
 
 def finding(results: Results) -> str | None:
-    """Return which tokenizer's codes tell most about classes, if this was shown; None for one tokenizer."""
+    """Return which tokenizer's codes say most about classes, if this was shown; None for one tokenizer."""
     names = _names(results)
     crossed = all(accuracy(results, "crossed_probe", name) is not None for name in names)
     metric = "crossed_probe" if crossed else "codeword_probe"
@@ -139,7 +139,7 @@ def probe_chart(results: Results, metrics: Collection[str] = tuple(PERCENT_METRI
 
 
 def leading_chart(results: Results) -> tuple[Picture, ...]:
-    """Return the chart of the probe that decides, and of the plain probes where no other section shows them."""
+    """Return the chart of the deciding probe, and of the plain probes if no other section shows them."""
     metrics = [deciding_probe(results)] if "comparisons" in results else ["crossed_probe", "codeword_probe"]
     return _chart_picture(
         results, "Accuracy on held-out images, with one standard error of sampling to each side.", metrics
@@ -147,7 +147,7 @@ def leading_chart(results: Results) -> tuple[Picture, ...]:
 
 
 def _chart_picture(results: Results, caption: str, metrics: Collection[str]) -> tuple[Picture, ...]:
-    """Return the chart of the probes, with its numbers as text; nothing where `probe_chart` draws none."""
+    """Return the chart of the probes, with its numbers as text; nothing if `probe_chart` draws none."""
     chart = probe_chart(results, metrics)
     parts = [
         f"{title}: {', '.join(f'{name} {value:.1f}%' for name, value in by_name.items())}"

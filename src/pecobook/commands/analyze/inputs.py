@@ -1,4 +1,4 @@
-"""The inputs of an analysis, which are opened and checked before anything is written."""
+"""The inputs of an analysis, opened and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
 
 
 def open_distance(config: AnalyzeConfig | EvaluateConfig, sizes: Mapping[str, int]) -> PerceptualDistance:
-    """Build the distance of --perceptual for tokenizers, given the sides of their images. Raises PecobookError."""
+    """Build the distance of --perceptual for tokenizers with these image sizes. Raises PecobookError."""
     try:
         distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
         say("\n".join(distance.notes))

@@ -1,4 +1,4 @@
-"""Measurements of one tokenizer; all tokenizers encode the same images, each at the tokenizer's image size.
+"""Measurements of one tokenizer; all tokenizers encode the same images, each at its own image size.
 
 Shapes: N images, codes int64 (N, h, w), K codewords.
 """
@@ -46,7 +46,7 @@ from pecobook.utils.images import to_float
 from pecobook.utils.printer import show
 
 STABILITY_IMAGES = 500
-"""Number of images that are compared with distorted and with moved copies."""
+"""Number of images that are compared with distorted and shifted copies."""
 _SIMILARITY_IMAGES = 200  # images that are compared with shifted and blurred copies
 PROBES = ("codeword_probe", "bag_probe", "crossed_probe", "crossed_bag_probe")
 """Names of the linear probes of codes."""
@@ -120,7 +120,7 @@ def _quality(
     distance: PerceptualDistance | None,
     classifier: RestrictedClassifier | None,
 ) -> dict[str, Any]:
-    """Measure the reconstructions of some images at a time, since those of a whole data set would fill the memory.
+    """Measure the reconstructions a few images at a time, since those of a whole data set would fill the memory.
 
     A tokenizer that predicts features has none, and `predicts` then says so.
     """
@@ -204,7 +204,7 @@ def at_most_fifty(codewords: list[int]) -> list[int] | None:
 
 
 def _bank(config: AnalyzeConfig, bank: TokenBank, num_codewords: int) -> tuple[dict[str, Any], list[Occurrences]]:
-    """Measure the usage by all training images; return it with the patches of a gallery."""
+    """Measure usage over all training images; return it with the patches of a gallery."""
     usage = bank_usage(bank, num_codewords)
     chosen = gallery_codewords(usage, config.codewords, config.seed)
     values = {
@@ -247,8 +247,8 @@ def code_probes(
     """Train linear probes on mean codewords and on bags of codes (paper, Table 4, left).
 
     The crossed probes are trained on the codes of one half of the positions and tested on the other half, so codes that
-    have a meaning at a single position do not help them. They need at least two positions in each half. Probes on bags
-    learn from as many images as `_BAG_VALUES` allows, 65,536 for 8,192 codewords.
+    are meaningful at a single position only do not help them. They need at least two positions in each half. Probes on
+    bags learn from as many images as `_BAG_VALUES` allows, 65,536 for 8,192 codewords.
 
     Returns:
         the accuracies and their errors, which are None without labels (the errors also with fewer than `MIN_IMAGES`
@@ -280,7 +280,7 @@ def code_probes(
 def _information(
     seed: int, num_codewords: int, images: Tensor, codes: Tensor, labels: Tensor | None
 ) -> dict[str, dict[str, float]]:
-    """Measure the information of codes about classes (if there are labels), colours and edges, also given position."""
+    """Measure the information in codes about classes (if there are labels), colours and edges, also given position."""
     grid = (codes.shape[1], codes.shape[2])
     values: dict[str, Array] = {} if labels is None else {"label": patch_labels(labels, grid)}
     values |= {"colour": patch_colours(images, grid), "edges": patch_edges(images, grid)}

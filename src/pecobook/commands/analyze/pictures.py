@@ -44,7 +44,7 @@ class TokenizerMetrics:
     correct: dict[str, NDArray[np.bool_]]
     """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
     matches: list[tuple[GalleryPatch, GalleryRow]]
-    """The patches that the codebook holds to be the same as some patches, which are the same for all codebooks."""
+    """The patches that the codebook treats as equal to some query patches, which are the same for all codebooks."""
 
 
 def pictures_of(

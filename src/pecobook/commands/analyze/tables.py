@@ -42,9 +42,9 @@ def number(*keys: str, digits: int, factor: float = 1) -> Callable[[Tokenizer], 
 
 
 def with_null(*keys: str, factor: float = 1) -> Callable[[Tokenizer], str]:
-    """Return a function that formats a number with one decimal, and in brackets the number of permuted codes.
+    """Return a function that formats a number with one decimal, followed in brackets by that of permuted codes.
 
-    The number of permuted codes has the key `null_KEY` beside the last key.
+    The number for permuted codes has the key `null_KEY` next to the last key.
     """
     value, null = (number(*keys[:-1], key, digits=1, factor=factor) for key in (keys[-1], f"null_{keys[-1]}"))
     return lambda tokenizer: f"{value(tokenizer)} ({null(tokenizer)})"
@@ -80,7 +80,7 @@ _BANK_ROWS: Rows = [
     ("token bank: perplexity", number("bank", "perplexity", digits=0)),
 ]
 INFORMATION = (("label", "the image's class"), ("colour", "the patch's colour"), ("edges", "the patch's edges"))
-"""The values with which codes are compared, and the words for them."""
+"""The values that codes are compared with, and their descriptions."""
 
 
 def overview_section(tokenizers: Tokenizers) -> Section:

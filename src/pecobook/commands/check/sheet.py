@@ -26,7 +26,7 @@ _MAX_NAMED = 12  # more names on an image would hide it
 
 
 def contact_sheet(splits: Splits, count: int) -> bytes:
-    """Return a PNG with at most `count` images of training, spread over the classes where there are labels."""
+    """Return a PNG with at most `count` training images, spread over the classes if there are labels."""
     cells = [cell for index in chosen_images(splits.train, count) if (cell := _cell(splits.train, index)) is not None]
     columns = min(max(math.ceil(math.sqrt(1.5 * len(cells))), 1), 12)
     rows = max(math.ceil(len(cells) / columns), 1)
@@ -40,7 +40,7 @@ def contact_sheet(splits: Splits, count: int) -> bytes:
 
 
 def chosen_images(source: ImageSource, count: int) -> list[int]:
-    """Return the numbers of at most `count` images: evenly spaced, or with labels from each class in turn."""
+    """Return the indices of at most `count` images: evenly spaced or, with labels, from each class in turn."""
     count = min(count, len(source))
     if source.labels is None:
         return [number * len(source) // count for number in range(count)]
@@ -53,7 +53,7 @@ def chosen_images(source: ImageSource, count: int) -> list[int]:
 
 
 def _cell(source: ImageSource, index: int) -> tuple[Image.Image, str] | None:
-    """Return the picture of an image and its caption; None where it cannot be read."""
+    """Return an image's picture and caption; None if it cannot be read."""
     name = source.identify(index).rpartition("/")[2]
     try:
         image = source.read(index)
@@ -76,14 +76,14 @@ def _caption(text: str) -> str:
 
 
 def _fit(image: Tensor) -> Image.Image:
-    """Reduce or enlarge an image, uint8 (3, H, W), to the side of a cell."""
+    """Scale an image, uint8 (3, H, W), to the side of a cell."""
     scale = _SIDE / max(image.shape[1:])
     height, width = (max(round(side * scale), 1) for side in image.shape[1:])
     return to_pillow(resize(image, height, width))
 
 
 def _with_classes(image: Tensor, classes: Tensor, names: tuple[str, ...]) -> Image.Image:
-    """Draw the classes of the pixels, int (H, W), and the names of those that fill at least a fiftieth of the image."""
+    """Draw the pixels' classes, int (H, W), and the names of those that cover at least a fiftieth of the image."""
     picture = _fit(overlay(image, classes))
     draw, scale = ImageDraw.Draw(picture), picture.width / image.shape[2]
     for number, name in enumerate(names):

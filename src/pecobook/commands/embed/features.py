@@ -1,4 +1,4 @@
-"""What `pecobook embed` computes of a batch of images: vectors of a backbone, or of a tokenizer's codewords.
+"""What `pecobook embed` computes for a batch of images: vectors from a backbone, or of a tokenizer's codewords.
 
 Shapes: B images, F features, C channels, P = h w patches, K codewords.
 """
@@ -34,7 +34,7 @@ class Features(NamedTuple):
     image_size: int
     """S, pixels."""
     words: str
-    """What the vectors are."""
+    """A description of the vectors."""
     weights: str
     """A hash of the weights."""
 
@@ -89,7 +89,7 @@ def _of_backbone(config: EmbedConfig) -> Features:
 
 
 def _reader(config: EmbedConfig, backbone: Backbone) -> tuple[nn.Module, str]:
-    """Return the module that maps normalised images to features, and words on these."""
+    """Return the module that maps normalised images to features, and a description of these."""
     network = backbone.network
     if not traits_of(network).is_plain:
         if config.layer or config.pool in ("class", "both"):
@@ -122,7 +122,7 @@ class Block(nn.Module):
         self.network, self.layer, self.pool, self.is_last = network, layer, pool, is_last
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S). The network's last norm is applied after the last block only, as the network does."""
+        """Map (B, 3, S, S). The network's final norm is applied only after the last block, as in the network itself."""
         has_prefix = bool(self.network.num_prefix_tokens)
         (layer,) = self.network.forward_intermediates(  # type: ignore[operator]
             images,

@@ -1,8 +1,8 @@
-"""The files of `pecobook embed`: parts while it runs, joined to one file at the end.
+"""The files of `pecobook embed`: parts while it runs, joined into one file at the end.
 
-A part holds the images of one range of one split: `part-00000.parquet` with the columns image, split, label (text, or
-null without a label), embedding (float32, P x C numbers for vectors of patches), and with --codes codes and histogram.
-A part that exists is complete, so a killed command continues where it was.
+A part contains the images of one range of one split: `part-00000.parquet` with the columns image, split, label (text,
+or null without a label), embedding (float32, P x C numbers for patch vectors), and with --codes codes and histogram. A
+part that exists is complete, so a killed command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def part_file(folder: Path, number: int) -> Path:
 
 
 def write_part(file: Path, names: list[str], split: str, labels: list[str | None], arrays: dict[str, Any]) -> None:
-    """Write a part; the arrays are (N, ...) by name of the column, and their shapes are kept beside them."""
+    """Write a part; the arrays are (N, ...) by column name, and their shapes are stored with them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -50,7 +50,7 @@ def write_part(file: Path, names: list[str], split: str, labels: list[str | None
 
 
 def join_parts(parts: list[Path], out: Path, about: dict[str, Any]) -> int:
-    """Join the parts to `out`, one part in memory at a time; return the number of images.
+    """Join the parts into `out`, with one part in memory at a time; return the number of images.
 
     Raises:
         DataError: no image could be read, or a part is damaged.
@@ -94,7 +94,7 @@ def _join_parquet(parts: list[Path], temporary: Path, about: dict[str, Any]) -> 
 
 
 def _join_arrays(parts: list[Path], count: int, temporary: Path, out: Path, about: dict[str, Any]) -> None:
-    """Write .npy with a .csv of the rows, or .npz; arrays pass through files, since they may not fit in memory."""
+    """Write .npy with a .csv of the rows, or .npz; arrays pass through files, since they may not fit into memory."""
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(parts[0])

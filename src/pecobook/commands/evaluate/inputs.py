@@ -1,4 +1,4 @@
-"""What an evaluation reads, opened and checked before anything is written."""
+"""The inputs of an evaluation, opened and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Inputs:
     names: list[str]
     tokenizers: list[Any]
     sizes: list[int]
-    """Side of the images of each tokenizer, pixels."""
+    """Side of each tokenizer's images, in pixels."""
     sources: list[ImageSource]
     split: str
     """The images in words."""
     metrics: set[str]
     """The metrics that can be measured."""
     missing: dict[str, str]
-    """Metric that cannot be measured -> why, and how it can."""
+    """Metric that cannot be measured -> why, and how it could be."""
     inception: Inception | None = None
     lpips: nn.Module | None = None
     distance: PerceptualDistance | None = None
@@ -54,12 +54,12 @@ class Inputs:
 
     @property
     def num_images(self) -> int:
-        """Number of images that are asked for."""
+        """Number of requested images."""
         total = sum(map(len, self.sources))
         return min(self.config.num_images or total, total)
 
     def provenance(self, size: int) -> Provenance:
-        """Return what determines the statistics of the originals of `size` pixels."""
+        """Return what determines the statistics of the originals at `size` pixels."""
         assert self.inception is not None
         ranges = [source.value_range and list(source.value_range) for source in self.sources]
         return {
@@ -139,7 +139,7 @@ def _size(config: EvaluateConfig, name: str, tokenizer: Any) -> int:
 
 
 def _open_judges(inputs: Inputs, preflight: Preflight) -> None:
-    """Open the networks that the metrics need; a metric that was not named is left out where its network is missing."""
+    """Open the networks that the metrics need; a metric that was not named is dropped if its network is missing."""
     config = inputs.config
 
     def attempt(metrics: tuple[str, ...], of_file: str, opening: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """The sums of one tokenizer and of the originals, batch by batch.
 
-B images of a batch, S side in pixels, K codewords.
+B images per batch, S side in pixels, K codewords.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pecobook.utils.devices import device, synchronize
 
 
 class Mean:
-    """A mean with its standard error, of values that come in batches."""
+    """A mean with its standard error, over values that arrive in batches."""
 
     def __init__(self) -> None:
         self.count, self._sum, self._squares = 0, 0.0, 0.0
@@ -35,7 +35,7 @@ class Mean:
         self._squares += float(values.square().sum())
 
     def result(self, digits: int) -> tuple[float | None, float | None]:
-        """Return the mean and its standard error; None where they are infinite or unknown."""
+        """Return the mean and its standard error; None if they are infinite or unknown."""
         mean = self._sum / self.count
         variance = max(self._squares / self.count - mean**2, 0.0) if math.isfinite(self._squares) else math.nan
         error = math.sqrt(variance / (self.count - 1)) if self.count > 1 else math.nan
@@ -43,7 +43,7 @@ class Mean:
 
 
 class Originals:
-    """The originals of one image size, which all tokenizers of that size share."""
+    """The originals at one image size, shared by all tokenizers with that size."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
@@ -53,7 +53,7 @@ class Originals:
         self._count = 0
 
     def add(self, pixels: Tensor) -> Tensor:
-        """Add uint8 (B, 3, S, S), and return the places of these images in the order of reading, int64 (B,)."""
+        """Add uint8 (B, 3, S, S), and return these images' positions in reading order, int64 (B,)."""
         places = torch.arange(self._count, self._count + len(pixels))
         self._count += len(pixels)
         if self._inception is not None:
@@ -64,14 +64,14 @@ class Originals:
         return places
 
     def result(self) -> dict[str, Any]:
-        """Return the Inception score of the originals, where it is measured."""
+        """Return the Inception score of the originals, if it is measured."""
         if self._inception is None or "is" not in self._inputs.metrics:
             return {}
         return {"is_of_originals": round(self._score.result()[0], 3)}
 
 
 class TokenizerSums:
-    """All that is measured of one tokenizer, which lies on the device until `result`."""
+    """Everything measured for one tokenizer, which stays on the device until `result`."""
 
     def __init__(self, inputs: Inputs, number: int, precision: str) -> None:
         self._inputs, self._size = inputs, inputs.sizes[number]
@@ -87,7 +87,7 @@ class TokenizerSums:
 
     @torch.inference_mode()
     def add(self, images: Tensor, places: Tensor) -> None:
-        """Add images, float (B, 3, S, S) in [0, 1], with their places in the order of reading."""
+        """Add images, float (B, 3, S, S) in [0, 1], with their positions in reading order."""
         restored = self._reconstruct(images)
         lpips: Any = self._inputs.lpips
         measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "perceptual": self._inputs.distance}
@@ -101,7 +101,7 @@ class TokenizerSums:
             self._score.add(logits, places)
 
     def _reconstruct(self, images: Tensor) -> Tensor:
-        """Encode and decode a batch, and note the codes and the time."""
+        """Encode and decode a batch, and record the codes and the time."""
         where, batch = device(), len(images)
         with torch.autocast(where.type, torch.bfloat16, enabled=self._precision == "bf16"):
             synchronize(where)
@@ -147,16 +147,16 @@ class TokenizerSums:
         return values | self._gflop | (self._images_per_second() if "speed" in metrics else {})
 
     def _images_per_second(self) -> dict[str, float]:
-        """Return the speeds without the first batch, which is slower, if there are more."""
+        """Return the speeds, excluding the slower first batch if there are more."""
         images, encode, decode = map(sum, zip(*(self._speeds[1:] or self._speeds), strict=True))
         seconds = {"": encode + decode, "encode_": encode, "decode_": decode}
         return {f"{name}images_per_second": round(images / max(value, 1e-9), 2) for name, value in seconds.items()}
 
 
 def gflop(tokenizer: Any, size: int) -> dict[str, float]:
-    """Count 10^9 floating-point operations of one image of `size` pixels, on a copy without weights.
+    """Count the floating-point operations, in 10^9, for one image of `size` pixels, on a copy without weights.
 
-    A product and a sum count as two; the search for the nearest codeword is included.
+    A product and a sum count as two; the nearest-codeword search is included.
     """
     bare = copy.deepcopy(tokenizer).to("meta")
     images = torch.empty(1, 3, size, size, device="meta")

@@ -1,4 +1,4 @@
-"""The file with the statistics of the originals, for rFID: mean, covariance, and of what they are."""
+"""The file with the statistics of the originals for rFID: mean, covariance, and their provenance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FEATURES = 2048
 
 
 def write_statistics(file: Path, statistics: Gaussian, provenance: Provenance) -> None:
-    """Write the statistics under the names that FID's programs read, `mu` and `sigma`, with their provenance."""
+    """Write the statistics under the names that FID programs read, `mu` and `sigma`, with their provenance."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.num_images}
     np.savez(buffer, **arrays, provenance=np.array(json.dumps(provenance)))
@@ -29,13 +29,13 @@ def write_statistics(file: Path, statistics: Gaussian, provenance: Provenance) -
 
 
 def read_statistics(file: Path, provenance: Provenance) -> tuple[Gaussian, str]:
-    """Read a file of statistics.
+    """Read a statistics file.
 
     Returns:
-        the statistics, and words on them: a file of others has no provenance.
+        the statistics, and a description of them: a file from elsewhere has no provenance.
 
     Raises:
-        DataError: the file is damaged, or its statistics are of others images, of another size, or by other weights.
+        DataError: the file is damaged, or its statistics belong to other images, another size or other weights.
     """
     try:
         with np.load(file, allow_pickle=False) as content:

@@ -30,7 +30,7 @@ _ROWS = (
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Return the table of the content of evaluation.json; a row that no tokenizer has is left out."""
+    """Return the table for the content of evaluation.json; a row that no tokenizer has is left out."""
     tokenizers = results["tokenizers"]
     rows = []
     for key, words, form, error in _ROWS:
@@ -48,7 +48,7 @@ def _cell(values: dict[str, Any], key: str, form: str, error: str) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return evaluation.md: the table, and what a reader needs to measure the same."""
+    """Return evaluation.md: the table, and what a reader needs to repeat the measurement."""
     protocol = results["protocol"]
     lines = [f"- {name.replace('_', ' ')}: {value}" for name, value in protocol.items() if name != "fingerprints"]
     notes = "\n\n".join(results["notes"])

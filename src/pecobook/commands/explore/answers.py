@@ -1,4 +1,4 @@
-"""What the server answers to each address of the page, without a network."""
+"""The server's answer to each URL of the page, without a network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ THUMBNAIL = 96
 STRIP = 24
 """Number of held-out images that the page offers at a time."""
 UPLOADS = 64
-"""Number of visitors' images that are kept; the oldest is forgotten first."""
+"""Number of uploaded images that are kept; the oldest is dropped first."""
 _ENCODED = 32  # images whose pictures are kept, of all tokenizers together
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript"}
 _STATIC = Path(__file__).parent / "static"
@@ -58,7 +58,7 @@ class Answer:
 
 
 class Images:
-    """Held-out images by their number, and visitors' images by a random name; these are in memory alone.
+    """Held-out images by number, and uploaded images by a random name; these are only in memory.
 
     Args:
         source: the held-out images.
@@ -164,7 +164,7 @@ class Answers:
         return value if isinstance(value, Answer) else Answer(json.dumps(value).encode())
 
     def upload(self, data: bytes) -> Answer:
-        """Take a visitor's image and return its name. Raises Refused."""
+        """Store an uploaded image and return its name. Raises Refused."""
         return Answer(json.dumps({"image": self.images.add(data)}).encode())
 
     # -------------------------------------------------------------------------------------------------------- answers
@@ -195,7 +195,7 @@ class Answers:
         }
 
     def _strip(self, query: dict[str, str]) -> Json:
-        """Return the next `STRIP` held-out images of a fixed random order of those that could be read."""
+        """Return the next `STRIP` readable held-out images in a fixed random order."""
         rows = next(iter(self.tokenizers.values())).rows
         pages = math.ceil(len(rows) / STRIP)
         first = _number(query, "page", 0, 10**9) % pages * STRIP
@@ -224,7 +224,7 @@ class Answers:
         return model.codeword_values(tokenizer, _codeword(tokenizer, _text(query, "codeword")))
 
     def _mask(self, query: dict[str, str]) -> Json:
-        """Return a mask as the ViT had in training, as text."""
+        """Return a mask like those the ViT was trained with, as text."""
         run, _ = self._run(query)
         generator = torch.Generator().manual_seed(_number(query, "seed", 0, 2**31))
         num_masked = min(run.config.mask.num_masked, run.grid[0] * run.grid[1] - 1)
@@ -314,7 +314,7 @@ def _codeword(tokenizer: IndexedTokenizer, text: str) -> int:
 
 
 def _mask_of(text: str, grid: tuple[int, int]) -> Tensor:
-    """Read a mask, one digit a patch: 1 for a masked one. Raises Refused."""
+    """Read a mask, one digit per patch: 1 for a masked one. Raises Refused."""
     if len(text) != grid[0] * grid[1] or set(text) - {"0", "1"}:
         raise Refused(f"The mask must have {grid[0]} x {grid[1]} digits, 0 or 1.")
     if "1" not in text:

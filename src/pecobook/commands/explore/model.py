@@ -1,4 +1,4 @@
-"""What the page shows, as values: the codes of an image, a codeword, the list of codewords, and masked predictions.
+"""The values that the page shows: an image's codes, a codeword, the list of codewords, and masked predictions.
 
 Shapes: N images, code grid (h, w), K codewords, S side of a tokenizer's images. Pictures are uint8 tensors (3, H, W).
 """
@@ -38,12 +38,12 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class IndexedTokenizer:
-    """A tokenizer, with the codes of held-out images; their pixels are read again when they are shown."""
+    """A tokenizer with the codes of held-out images, whose pixels are read again when they are shown."""
 
     name: str
     tokenizer: Any
     rows: NDArray[np.int64]
-    """The number in the source of each image that was encoded, (N,)."""
+    """The index in the source of each encoded image, (N,)."""
     codes: NDArray[np.int32]
     """(N, h, w)."""
     found: Occurrences
@@ -52,13 +52,13 @@ class IndexedTokenizer:
     labels: NDArray[np.int64] | None
     by_class: ClassCounts | None
     places: tuple[NDArray[np.int64], NDArray[np.int64]]
-    """Each codeword's most frequent place, row after row, and its number of patches there, (K,) each."""
+    """Each codeword's most frequent position, in row-major order, and its number of patches there, (K,) each."""
     position: Position
     """How far the codes of at most `_POSITION_IMAGES` images depend on the position."""
     colours: NDArray[np.uint8]
     """(K, 3): similar codewords have similar colours."""
     examples: Tensor
-    """A typical patch of each codeword, uint8 (K, 3, f, f); grey where there is none."""
+    """A typical patch of each codeword, uint8 (K, 3, f, f); grey if there is none."""
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -85,7 +85,7 @@ def index(name: str, tokenizer: Any, source: ImageSource, limit: int) -> Indexed
 
 
 class _Examples:
-    """A typical patch of each codeword: one near to the mean of those before it, in 4 x 4 colours."""
+    """A typical patch of each codeword: one near the mean of those before it, in 4 x 4 colours."""
 
     def __init__(self, num_codewords: int, f: int) -> None:
         self.patches = torch.full((num_codewords, 3, f, f), 128, dtype=torch.uint8)
@@ -93,7 +93,7 @@ class _Examples:
         self._sums, self._counts = torch.zeros(num_codewords, 48), torch.zeros(num_codewords)
 
     def add(self, images: Tensor, codes: Tensor) -> None:
-        """Take what is nearer from a batch, uint8 (B, 3, S, S) with codes (B, h, w)."""
+        """Keep nearer patches from a batch, uint8 (B, 3, S, S) with codes (B, h, w)."""
         B, h, w = codes.shape
         small = F.adaptive_avg_pool2d(images.float(), (4 * h, 4 * w)).view(B, 3, h, 4, w, 4)
         small, flat = small.permute(0, 2, 4, 1, 3, 5).reshape(-1, 48), codes.flatten()
@@ -167,7 +167,7 @@ def encode_image(tokenizer: Any, image: Tensor) -> EncodedImage:
 
 
 def image_values(tokenizer: IndexedTokenizer, encoded: EncodedImage) -> Json:
-    """Return codes and colours of the tokens, and the quality of the reconstruction."""
+    """Return the codes and colours of the tokens, and the quality of the reconstruction."""
     return {
         "codes": encoded.codes.tolist(),
         "colours": [[f"rgb({r},{g},{b})" for r, g, b in row] for row in tokenizer.colours[encoded.codes].tolist()],
@@ -180,7 +180,7 @@ def image_values(tokenizer: IndexedTokenizer, encoded: EncodedImage) -> Json:
 
 
 def codeword_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
-    """Return use, exemplars, places, classes and neighbours of a codeword."""
+    """Return a codeword's usage, examples, positions, classes and neighbours."""
     found, counts = tokenizer.found, tokenizer.counts
     patches = found.of(codeword)
     places = np.bincount(patches[:, 1] * found.grid[1] + patches[:, 2], minlength=found.grid[0] * found.grid[1])
@@ -213,7 +213,7 @@ def codeword_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
 
 
 def _class_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
-    """Return the classes that are evidently more frequent with a codeword, the highest lift first."""
+    """Return the classes that clearly occur more often with a codeword, the highest lift first."""
     by_class = tokenizer.by_class
     if by_class is None:
         return {"labelled": False, "classes": []}
@@ -238,7 +238,7 @@ def _class_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
 def codeword_list(tokenizer: IndexedTokenizer, sort: str, page: int) -> Json:
     """Return one page of all codewords, sorted by one of `SORTS`, the largest value first; `page` counts from 1.
 
-    Purity and place need `MIN_PATCHES` patches, and lift needs evidence; codewords without a value follow by use.
+    Purity and place need `MIN_PATCHES` patches, and lift needs evidence; codewords without a value follow by usage.
     """
     counts = tokenizer.counts
     is_frequent = counts >= MIN_PATCHES
@@ -281,7 +281,7 @@ def codeword_list(tokenizer: IndexedTokenizer, sort: str, page: int) -> Json:
 
 
 def tiles(tokenizer: IndexedTokenizer, codewords: list[int]) -> Tensor:
-    """Return a decoded patch of each codeword beside an example, uint8 (n, 3, f, 2 f).
+    """Return a decoded patch of each codeword next to an example, uint8 (n, 3, f, 2 f).
 
     The decoded patch is the centre of 3 x 3 tokens of the codeword alone.
     """
@@ -342,7 +342,7 @@ def predict(run: MaskedRun, image: Tensor, mask: Tensor) -> Prediction:
 
 
 def prediction_values(prediction: Prediction, mask: Tensor) -> Json:
-    """Return the true code and the most probable ones of each masked patch, and how many of them are right."""
+    """Return the true code and the most probable ones for each masked patch, and how many of them are right."""
     truth = prediction.codes[mask]
     right = (prediction.top == truth[:, None]).cumsum(1)
     return {

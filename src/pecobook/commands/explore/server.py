@@ -1,4 +1,4 @@
-"""The HTTP server of the page: who is answered, and how much is read."""
+"""The page's HTTP server: whom it answers, and how much it reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEADERS = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page. The port is taken at once, and requests are answered from `serve` on.
+    """Serves the page. The port is taken at once, and requests are answered once `serve` is called.
 
     Raises:
         ConfigError: the port is in use.
@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
             ) from None
 
     def serve(self, answers: Answers) -> None:
-        """Answer requests until `close`, in a thread of its own."""
+        """Answer requests until `close`, in a separate thread."""
         self.answers = answers
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -60,12 +60,12 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Print what is wrong, unless a visitor merely went away."""
+        """Print what is wrong, unless a visitor merely disconnected."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     def is_own(self, address: str) -> bool:
-        """Whether a host, perhaps with a port, is a name of this server.
+        """Return whether a host, perhaps with a port, is a name of this server.
 
         Otherwise a web site could point its own name at this machine, and read the page through the visitor's browser
         (DNS rebinding).
@@ -151,4 +151,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer.body)
 
     def log_message(self, *args: object) -> None:
-        """Print nothing of each request."""
+        """Do not log requests."""

@@ -1,8 +1,8 @@
 """The duel: does a ViT learn more from perceptual codes than from a control's, and than from pixels? (docs/study.md).
 
 One seed is a whole chain of a feature network, codebooks, token banks, ViTs and their probes. `duel-tuning` trains
-every setting of every arm; `duel` takes for each arm the setting with the best validation accuracy that it finds in
-the folder.
+every setting of every arm; `duel` uses for each arm the setting with the best validation accuracy that it finds in the
+folder.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from pecobook.utils.json_files import NUMBER, OBJECT, Kind, is_number, read_json
 
 CONTROLS = ("perceptual-random", "perceptual-shuffled")
 POWER = 2.0
-"""Points by which a power control must beat the pixel codebook, or the budget can show nothing."""
+"""Number of points by which a power control must beat the pixel codebook; otherwise the budget can show nothing."""
 FIRST = ("supervised", "classification", "pixel")
-"""The arms from which the power is read; they are trained first, the longest chain of jobs at the head."""
+"""The arms from which the power is read; they are trained first, starting with the longest chain of jobs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,10 @@ class DuelBudget:
     codebook: CodebookConfig
     pretrain: PretrainConfig
     pixels: PretrainConfig
-    """MAE's form: visible patches only, 75% hidden at random."""
+    """MAE's setting: visible patches only, 75% hidden at random."""
     few: FinetuneConfig
     views: int
-    """Views in a token bank."""
+    """Number of views in a token bank."""
 
 
 def duel_budget(name: str) -> DuelBudget:
@@ -141,21 +141,21 @@ class Duel:
         self.out = Path(config.out)
 
     def add(self, arms: Mapping[str, Setting], seed: int) -> None:
-        """Plan a seed: first what the power is read from, then the other arms' probes, last the secondary figures."""
+        """Plan a seed: first what determines the power, then the other arms' probes, last the secondary figures."""
         for arm in sorted(arms, key=lambda arm: FIRST.index(arm) if arm in FIRST else len(FIRST)):
             self.add_probe(arm, arms[arm], seed)
         for arm, setting in arms.items():
             self._add_secondary(arm, setting, seed)
 
     def add_tuning(self, arm: str, setting: Setting, seed: int) -> None:
-        """Plan what the tuning reads: the probe of an arm, or of random weights, which have no rate, fine-tuning."""
+        """Plan what tuning needs: an arm's probe or, for random weights, which are not pre-trained, fine-tuning."""
         if arm == "scratch":
             self._add_few("tune", arm, setting, seed, *self._vit("pixels", Setting(), seed))
         else:
             self.add_probe(arm, setting, seed)
 
     def add_probe(self, arm: str, setting: Setting, seed: int) -> None:
-        """Plan the ViT of an arm, all that it needs, and its probe."""
+        """Plan an arm's ViT, everything it needs, and its probe."""
         vit, vit_job = self._vit(arm, setting, seed)
         weights = "random" if arm == "scratch" else ""
         name = f"probe-{run_name(arm, setting)}-{seed}"
@@ -182,17 +182,17 @@ class Duel:
 
     @cached_property
     def _num_learned(self) -> dict[str, int]:
-        """The number of images that each kind of fine-tuning learns from; to choose them takes a while on a million."""
+        """The number of images that each kind of fine-tuning learns from; choosing among a million takes a while."""
         return {kind: len(few_labels(self.splits, kind)[0][1]) for kind in FOLDERS}
 
     def _common(self, seed: int) -> dict[str, Any]:
         return {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
 
     def chosen(self, arm: str) -> Setting:
-        """Return the setting of an arm with the best validation accuracy in the folder; the default without a tuning.
+        """Return the arm's setting with the best validation accuracy in the folder; the default if there is no tuning.
 
-        Seeds at which all settings of the arm were trained count, each equally. Those of the study do not: when the
-        tuning changes an arm of two settings, its earlier seeds have both, and would choose once more.
+        Seeds at which all settings of the arm were trained count equally. Those of the study do not count: if tuning
+        changes an arm with two settings, its earlier seeds have both, and would choose again.
         """
         candidates, complete = settings_of(arm), self._complete_tunings(arm)
         if not complete:
@@ -200,7 +200,7 @@ class Duel:
         return max(candidates, key=lambda setting: statistics.fmean(scores[setting] for scores in complete))
 
     def _complete_tunings(self, arm: str) -> list[dict[Setting, float]]:
-        """Return the validation accuracy of every setting, for each seed at which all settings were trained."""
+        """Return every setting's validation accuracy, for each seed at which all settings were trained."""
         by_seed: dict[str, dict[Setting, float]] = {}
         runs = self.out / "runs"
         of_study = {str(seed) for seed in self.config.seeds} | {run.name.split("-")[-1] for run in runs.glob("few-*")}
@@ -229,7 +229,7 @@ class Duel:
         return str(self.out / "runs" / name)
 
     def _network(self, arm: str, seed: int) -> tuple[str, str]:
-        """Plan the perceptual network of an arm; returns it and the name of its job, empty for a given network."""
+        """Plan an arm's perceptual network; return it and its job's name, which is empty for a given network."""
         if arm == "supervised":
             if self.config.supervised:
                 return self.config.supervised, ""
@@ -243,7 +243,7 @@ class Duel:
         return self._out(name), name
 
     def _codebook(self, arm: str, setting: Setting, seed: int) -> tuple[str, str]:
-        """Plan the tokenizer of an arm; returns its folder and the name of its job."""
+        """Plan an arm's tokenizer; return its folder and its job's name."""
         head, _, how = arm.partition("-")
         name = f"codebook-{arm}+{'rising' if setting.rising else 'steady'}-{seed}"
         base, network_job = self.budget.codebook, ""
@@ -266,7 +266,7 @@ class Duel:
         return self._out(name), name
 
     def _vit(self, arm: str, setting: Setting, seed: int) -> tuple[str, str]:
-        """Plan the pre-training of an arm; returns its folder and the name of its job."""
+        """Plan an arm's pre-training; return its folder and its job's name."""
         if arm == "scratch":  # the run names the architecture; its weights are not used
             return self._vit("pixels", self.chosen("pixels"), seed)
         name = f"vit-{run_name(arm, setting)}-{seed}"
@@ -299,7 +299,7 @@ def validation_accuracy(file: Path) -> float:
 
 
 def probe_figures(jobs: Mapping[str, Job], run: str) -> dict[str, float]:
-    """Return linear, knn and validation of the probe of a run, where it is finished."""
+    """Return linear, knn and validation from a run's probe, if it is finished."""
     job = jobs.get(f"probe-{run}")
     if job is None or not job.finished:
         return {}

@@ -1,4 +1,4 @@
-"""The folders of few labelled images from which the duel fine-tunes (docs/study.md)."""
+"""The folders with a few labelled images on which the duel fine-tunes (docs/study.md)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pecobook.utils.printer import say
 
 LABELS_PER_CLASS = 100
 FOLDERS = {"few": "images", "tune": "images-tuning"}
-"""Kind of a run to the name of its folder of images."""
+"""The name of the image folder for each kind of run."""
 Part = tuple[ImageSource, list[int]]
-"""A source and the numbers of images that are taken of it."""
+"""A source and the indices of the images taken from it."""
 
 
 def few_labels(splits: Splits, kind: str) -> tuple[Part, Part]:
-    """Choose the images that a kind of run learns from, and those that judge it; always the same for a source.
+    """Choose the images that a kind of run learns from and those it is tested on; always the same for a source.
 
     `few` learns from 100 images of each class and is judged by the test images. `tune` is judged by as many other
     training images; a class of fewer than 200 images is halved for that.
@@ -48,7 +48,7 @@ def few_labels(splits: Splits, kind: str) -> tuple[Part, Part]:
 
 
 def write_images(splits: Splits, kind: str, out: Path) -> None:
-    """Write the folder of a kind of run into `out`, with parts `train` and `test`, unless it exists."""
+    """Write the folder for a kind of run into `out`, with parts `train` and `test`, unless it exists."""
     folder = out / FOLDERS[kind]
     if folder.exists():
         return
@@ -63,7 +63,7 @@ def write_images(splits: Splits, kind: str, out: Path) -> None:
 
 
 def _write_image(source: ImageSource, number: int, folder: Path) -> None:
-    """Write an image into the folder of its class, as the file that it is, or else as PNG; one that is lost, not."""
+    """Write an image into its class folder, as the original file or else as PNG; an unreadable one is skipped."""
     assert source.labels is not None
     try:
         content = source.file(number)

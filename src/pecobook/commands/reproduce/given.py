@@ -1,4 +1,4 @@
-"""What the user names for the jobs of a plan, checked before the first job, which may run for days before the last."""
+"""Checks of what the user names for a plan's jobs, made before the first job, which may run days before the last."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FLAGS = {
     "--perceptual.weights": "--network-weights",
     "--model.": "--backbone.",
 }
-"""The flags of the commands that check, and their names here."""
+"""Names here of the flags that the checking commands use."""
 
 
 def check_given(plan: Plan, preflight: Preflight, *, download: bool) -> None:
     """Check the networks, tokenizers and images that jobs read and no job of the plan makes.
 
-    Public networks are downloaded for it only with `download`; without it, their weights are not looked at.
+    Public networks are downloaded for this only with `download`; without it, their weights are not checked.
     """
     checked = set[object]()
     for job in plan.jobs.values():
@@ -42,7 +42,7 @@ def check_given(plan: Plan, preflight: Preflight, *, download: bool) -> None:
 
 
 def _checks(plan: Plan, job: Job) -> Iterator[tuple[object, str, Callable[[], object]]]:
-    """Yield what a job reads that no job makes, the flag that names it, and a function that checks it."""
+    """Yield each input that no job makes, the flag that names it, and a function that checks it."""
     of, config = job.config, plan.config
     made = {plan.jobs[need].config.out for need in job.needs}
     if job.command == "codebook":
@@ -77,7 +77,7 @@ def _check(flag: str, check: Callable[[], object], *, download: bool) -> None:
 
 
 def _check_backbone(plan: Plan, job: Job) -> None:
-    """Build the ViT of --backbone, and compare its patches with the codes of a tokenizer that is not trained yet."""
+    """Build the ViT of --backbone, and compare its patches with the codes of a tokenizer that is not yet trained."""
     of = job.config
     alone = {"target": "pixels", "tokenizer": "", "tokens": "", "tokenizer_size": 0}
     stage = PretrainStage.check(replace(of, {**alone, "mask.num_masked": 1, "mask.min_block": 1}))

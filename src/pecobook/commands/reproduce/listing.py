@@ -1,4 +1,4 @@
-"""The plan as text: what its jobs take, as a table or as JSON, and as a file of commands."""
+"""The plan as text: the cost of its jobs, as a table or as JSON, and as a file of commands."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _NOT_OF_THE_TABLES = (
     *("verify-data", "accept-data-change"),
 )
 HEADER = "# The plan of: "
-"""How the first line of a file of commands begins, and the second line of a script for Slurm."""
+"""The beginning of the first line of a file of commands, and of the second line of a Slurm script."""
 
 
 def command_words(config: ReproduceConfig, *, out: bool = False) -> list[str]:
-    """Return the command that gives these tables, with its --out or without."""
+    """Return the command for these tables, with or without its --out."""
     always = ("data", "budget", "seeds", *(["out"] if out else []))
     never = (*_NOT_OF_THE_TABLES, *([] if out else ["out"]))
     words = flag_words(config, ReproduceConfig(), always=always, never=never)
@@ -47,9 +47,9 @@ def kind_of(name: str) -> str:
 
 
 def describe(plan: Plan, *, every_arm: bool = False) -> str:
-    """Return lines on the jobs and what they take, the jobs that are finished, and the figures without a measurement.
+    """Return lines on the jobs and their cost, the finished jobs, and the figures that are not measured.
 
-    With `every_arm` the jobs of each arm have a line of their own.
+    With `every_arm` each arm's jobs have a separate line.
     """
     groups: dict[str, list[str]] = {}
     for name in plan.jobs:
@@ -70,7 +70,7 @@ def describe(plan: Plan, *, every_arm: bool = False) -> str:
 
 
 def _taken(costs: Iterable[Cost], *, long: bool = False) -> str:
-    """Return what jobs take together: hours where all are known, and else operations; and bytes on the disk."""
+    """Return the total cost of jobs: hours if all are known, otherwise operations; and bytes on disk."""
     costs = list(costs)
     in_hours = all(cost.hours is not None for cost in costs if cost.flop is not None)
     unknown = sum(cost.flop is None for cost in costs)
@@ -108,12 +108,12 @@ def command_line(job: Job) -> str:
 
 
 def tables_line(plan: Plan) -> str:
-    """Return the command that writes the tables of the finished jobs, ready for a shell."""
+    """Return the command that writes the tables from the finished jobs, ready for a shell."""
     return shlex.join([*command_words(plan.config, out=True), "--no-train"])
 
 
 def commands(plan: Plan) -> str:
-    """Return the unfinished jobs as lines of a shell, each with its name and the jobs that it needs as a comment."""
+    """Return the unfinished jobs as shell lines, each with its name and the jobs that it needs as a comment."""
     left = {name: job for name, job in plan.jobs.items() if not job.finished}
     lines = [
         f"{HEADER}{shlex.join(command_words(plan.config, out=True))}",

@@ -1,4 +1,4 @@
-"""The plan: the jobs of all rows by name; a job that several rows or tables need is in it once."""
+"""The plan: the jobs of all rows by name; a job that several rows or tables need occurs once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _GIVEN = (
     *("network", "network_weights", "supervised", "classifier", "dino", "dalle", "more_data"),
     *("segmentation_data", "detection_data", "kinetics", "ssv2"),
 )
-"""Settings that name a network or a source, which tables may not need."""
+"""Settings that name a network or a source that the tables may not need."""
 
 
 class Plan:
@@ -87,7 +87,7 @@ class Plan:
             self.duel.add({arm: self.duel.chosen(arm) for arm in arms}, seed)
 
     def missing_for_arm(self, arm: str) -> str:
-        """Return what is missing to train an arm; an empty text when nothing is missing."""
+        """Return what is missing to train an arm; an empty string if nothing is."""
         part = Arm.parse(arm)
         arm = part.target.partition("+")[0]  # the tuning's arms name a setting, too
         if part.vit not in self.budget.vits or (arm == "deit" and arm not in self.budget.vits[part.vit].own):
@@ -107,7 +107,7 @@ class Plan:
         return ""
 
     def missing_for_figure(self, figure: str) -> str:
-        """Return what is missing to measure a figure; an empty text when nothing is missing."""
+        """Return what is missing to measure a figure; an empty string if nothing is."""
         if not self.has_labels and figure in _OF_LABELS:
             return "labels"
         kind = next(iter(kinds_of([figure])), "")
@@ -125,7 +125,7 @@ class Plan:
         return [f"Not measured: {heading} (needs {needs})." for heading, needs in missing.items() if needs]
 
     def left_out(self) -> list[str]:
-        """Return a line for each column and for each row of the tables that is not measured, with what it needs."""
+        """Return a line for each table column and row that is not measured, with what it needs."""
         tables = self.tables.values()
         missing = {row.label: self.missing_for_arm(row.arm) for table in tables for row in table.all_rows}
         rows = [f"Not trained: {label} (needs {needs})." for label, needs in missing.items() if needs]
@@ -139,18 +139,18 @@ class Plan:
         return [f"Not used by these tables: --{name.replace('_', '-')} {given[name]}." for name in unused]
 
     def _waits_for_data(self, table: PaperTable) -> bool:
-        """Whether a table has only figures for which the images or the clips are missing."""
+        """Return whether all figures of a table lack their images or clips."""
         return all(self.missing_for_figure(figure) in DATA_FLAGS.values() for figure, _ in table.figures)
 
     def canonical(self, arm: str) -> str:
-        """Return one name for arms with equal trainings: the default network of all rows also has a row in Table 5."""
+        """Return one name for arms with equal training: the default network of all rows also has a row in Table 5."""
         part = Arm.parse(arm)
         head, dash, how = part.target.partition("-")
         target = f"perceptual{dash}{how}" if head == self.budget.default else part.target
         return dataclasses.replace(part, target=target).name
 
     def run_of(self, table: str, arm: str) -> str:
-        """Return the name that the jobs of an arm have in a table."""
+        """Return the name of an arm's jobs in a table."""
         if self.duel is not None and table in (DUEL, TUNING):
             return arm if table == TUNING else run_name(arm, self.duel.chosen(arm))
         return self.canonical(arm)
@@ -193,7 +193,7 @@ class Plan:
         return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})
 
     def _scaled_rates(self, base: TrainConfig, num_images: int) -> dict[str, Any]:
-        """Return warm-up and milestones of the learning rate in steps, shortened or prolonged as the training is."""
+        """Return the learning rate's warm-up and milestones in steps, scaled with the length of the training."""
         factor, optim = self.config.length, base.optim
         if factor == 1:
             return {}
@@ -211,7 +211,7 @@ class Plan:
         """Plan the perceptual network `resnet`, `vit` or `supervised`.
 
         Returns:
-            the network, and the name of the job that trains it, empty when no job does.
+            the network, and the name of the job that trains it, empty if no job does.
         """
         budget, config = self.budget, self.config
         if kind == budget.default and config.network:
@@ -227,10 +227,10 @@ class Plan:
         return self.out(name), name
 
     def _codebook(self, arm: str, seed: int) -> tuple[str, str, int]:
-        """Plan the tokenizer of an arm.
+        """Plan an arm's tokenizer.
 
         Returns:
-            the tokenizer, the name of the job that trains it (empty when no job does), and the stride in pixels.
+            the tokenizer, the name of the job that trains it (empty if no job does), and the stride in pixels.
         """
         if arm == "dalle":
             return f"dalle:{self.config.dalle}", "", 8
@@ -241,9 +241,9 @@ class Plan:
         return self.out(name), name, settings.model.stride
 
     def codebook_settings(self, arm: str, seed: int) -> tuple[CodebookConfig, str]:
-        """Return the settings of the tokenizer of an arm, and the job that trains its perceptual network.
+        """Return the settings of an arm's tokenizer, and the job that trains its perceptual network.
 
-        The name of the job is empty when no job trains the network.
+        The job's name is empty if no job trains the network.
         """
         budget = self.budget
         base, head, _, how = budget.codebook, *arm.partition("-")
@@ -303,7 +303,7 @@ class Plan:
             self.add(name, command, self._run_settings(base, name, seed, **changes), job)
 
     def _add_classifier(self, arm: str, seed: int) -> tuple[str, str]:
-        """Add the classifier of an arm; returns the run and the name of its job."""
+        """Add an arm's classifier; return the run and its job's name."""
         part, name = Arm.parse(arm), f"classifier-{arm}-{seed}"
         backbone, job = self._backbone(part, seed)
         runs = self.budget.vits[part.vit]
@@ -312,7 +312,7 @@ class Plan:
         return self.out(name), name
 
     def _backbone(self, arm: Arm, seed: int) -> tuple[str, str]:
-        """Plan the backbone of an arm; returns the backbone and the name of the job that trains it."""
+        """Plan an arm's backbone; return it and the name of the job that trains it."""
         runs = self.budget.vits[arm.vit]
         if arm.target in FROM_SCRATCH:
             named = runs.own[arm.target].backbone
@@ -340,9 +340,9 @@ class Plan:
         self.add_pretraining(name, self._run_settings(base, name, seed, times=times, **changes), views_of, job)
 
     def add_pretraining(self, name: str, settings: PretrainConfig, target: str, *needs: str) -> None:
-        """Add a pre-training on the tokens of `target`, which come from a bank where that saves time.
+        """Add a pre-training on the tokens of `target`, which come from a bank if that saves time.
 
-        The bank is a job of its own, which all pre-trainings on equal views share.
+        The bank is a separate job, which all pre-trainings with the same views share.
         """
         views, seed = self.config.views, settings.seed
         if views < 0:
@@ -357,9 +357,9 @@ class Plan:
 
 
 def num_views(epochs: float) -> int:
-    """Return the number of views of a token bank for a pre-training of this length; 0 where a bank saves too little.
+    """Return the number of token bank views for a pre-training of this length; 0 if a bank saves too little.
 
-    A view for 20 epochs, but at least 4. In 300 epochs 16 views cost nothing that could be measured, 4 views did
+    One view per 20 epochs, but at least 4. In 300 epochs 16 views had no measurable cost, 4 views did
     (docs/results/transfer.md).
     """
     views = max(4, round(epochs / 20))
@@ -367,7 +367,7 @@ def num_views(epochs: float) -> int:
 
 
 def _variant(base: CodebookConfig, budget: Budget, arm: str) -> CodebookConfig:
-    """Return the settings with the changes of an arm other than the perceptual network."""
+    """Return the settings with an arm's changes other than the perceptual network."""
     model = base.model
     if arm.startswith("lambda-"):
         # The paper's default is 1. That of a smaller budget can differ, so the table is of multiples of the default.

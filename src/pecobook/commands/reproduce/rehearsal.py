@@ -1,4 +1,4 @@
-"""Rehearsal: a few steps of each kind of run, to find failures and to estimate the time before days are spent."""
+"""Rehearsal: a few steps of each kind of run, to find failures and estimate the time before days are spent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pecobook.utils.printer import show
 
 _STEPS = 4
 _WORTH = 50 * _STEPS
-"""Steps of the longest run from which a plan is rehearsed; shorter runs show as soon what fails."""
+"""Length of the longest run, in steps, from which a plan is rehearsed; shorter runs reveal failures as quickly."""
 _LONGEST = 24 * 3600.0
 """Seconds to wait for the rehearsal of another process."""
 _SHORT: dict[str, dict[str, Any]] = {
@@ -26,11 +26,11 @@ _SHORT: dict[str, dict[str, Any]] = {
     "predict": {"attack.max_images": 100},
 }
 _REHEARSED = (*RECIPES, *_SHORT)
-"""Commands that are rehearsed. A token bank is not, since the tokenizer in the steps of a ViT takes longer; nor is a
+"""Commands that are rehearsed. A token bank is not, since running the tokenizer in a ViT's steps takes longer; nor is a
 probe, which is short."""
 _SHORT_FACTOR = 10
-"""Estimated time of a whole analysis over that of a rehearsed analysis. A whole analysis reads 20 to 50 times the
-images, but part of the time does not depend on the number of images."""
+"""Estimated time of a whole analysis relative to a rehearsed one. A whole analysis reads 20 to 50 times as many images,
+but part of the time does not depend on the number of images."""
 
 
 def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
@@ -50,15 +50,15 @@ def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
 
 
 def read_rehearsal(out: Path) -> dict[str, float]:
-    """Return the seconds by kind that an earlier `rehearse` wrote; empty when there was no rehearsal."""
+    """Return the seconds by kind that an earlier `rehearse` wrote; empty if there was no rehearsal."""
     seconds = read_if_valid(out / "rehearsal.json") or {}  # a damaged file means a rehearsal more
     return seconds if all(map(is_number, seconds.values())) else {}
 
 
 def rehearse(plan: Plan, out: Path) -> dict[str, float]:
-    """Run one job of each unfinished kind for a few steps; return the seconds of a step or a small analysis by kind.
+    """Run one job of each unfinished kind for a few steps; return the seconds per step or small analysis by kind.
 
-    Plans of short runs are not rehearsed. ViTs rehearse without their token banks, which are not rehearsed.
+    Plans with short runs are not rehearsed. ViTs are rehearsed without their token banks.
 
     Raises:
         PecobookError: a run failed.
@@ -93,14 +93,14 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
 
 
 def _needs(plan: Plan, name: str) -> tuple[str, ...]:
-    """Return the jobs that a job needs, with the needs of a token bank in the place of the bank."""
+    """Return the jobs that a job needs, with a token bank replaced by the jobs it needs."""
     needs = plan.jobs[name].needs
     parts = [plan.jobs[need].needs if plan.jobs[need].command == "tokenize" else (need,) for need in needs]
     return tuple(dict.fromkeys(need for part in parts for need in part))
 
 
 def job_duration(job: Job, name: str, seconds: dict[str, float]) -> float:
-    """Estimate the seconds of a whole job from the rehearsal; 0 for a job of a kind that was not rehearsed."""
+    """Estimate the seconds of a whole job from the rehearsal; 0 for a kind that was not rehearsed."""
     unit = seconds.get(kind_of(name), 0.0)
     return unit * (int(job.config.max_steps) if job.trains else _SHORT_FACTOR)
 
@@ -114,7 +114,7 @@ def _short_job(job: Job, needs: tuple[str, ...], runs: Path, rehearsals: Path) -
 
 
 def move_paths(value: Any, old: Path, new: Path) -> Any:
-    """Return settings in which every path below `old` is the same path below `new`."""
+    """Return settings in which every path below `old` is moved below `new`."""
     if isinstance(value, dict):
         return {name: move_paths(part, old, new) for name, part in value.items()}
     if isinstance(value, str) and value.startswith(f"{old}/"):

@@ -1,4 +1,4 @@
-"""The plan as a script that submits its jobs to Slurm: an array of tasks, one for each seed, for jobs of a kind."""
+"""The plan as a script that submits its jobs to Slurm: an array for each kind of job, with one task per seed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pecobook.commands.reproduce.plan import Plan
 from pecobook.recipes import RECIPES
 
 _MOST_GPUS = 8
-"""GPUs of a training at budget paper, unless GPUS or --gpus-per-run says another number."""
+"""Number of GPUs of a training at budget paper, unless GPUS or --gpus-per-run sets another number."""
 _MOST_TASKS = 1000
-"""Tasks of an array; Slurm's MaxArraySize, unless an administrator changed it, is 1,001."""
+"""Number of tasks in an array; Slurm's MaxArraySize, unless an administrator changed it, is 1,001."""
 
 _START = """\
 #!/bin/bash
@@ -88,14 +88,14 @@ def script(plan: Plan) -> str:
 
 
 def _kind_and_index(plan: Plan, name: str) -> tuple[str, int]:
-    """Return the array of a job and its place there, that of its seed; further arrays take what one cannot hold."""
+    """Return a job's array and its index there, that of its seed; further arrays take what one cannot hold."""
     kind, _, seed = name.rpartition("-")
     part, index = divmod(plan.config.seeds.index(int(seed)), _MOST_TASKS)
     return (f"{kind}+part{part}" if part else kind), index
 
 
 def _dependency(plan: Plan, names: dict[int, str], arrays: dict[str, dict[int, str]], variables: dict[str, str]) -> str:
-    """Return what an array waits for: the task of the same index where tasks need no others, and else whole arrays."""
+    """Return what an array waits for: the task with the same index if tasks need no others, otherwise whole arrays."""
     needed: dict[str, set[bool]] = {}
     for index, name in names.items():
         for need in plan.jobs[name].needs:

@@ -20,7 +20,7 @@ from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
 
 Values = dict[str, dict[int, float]]
-"""Figure to the value of each seed that was measured."""
+"""Measured value of each seed, by figure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MeasuredTable:
     name: str
     table: PaperTable
     rows: tuple[tuple[Row, Values, str], ...]
-    """Row, values, and what is missing to train the row (an empty text when nothing is missing)."""
+    """Row, values, and what is missing to train the row (an empty string if nothing is)."""
     remarks: tuple[str, ...] = ()
     """Lines on the figures that could not be measured."""
 
@@ -106,8 +106,8 @@ def header_and_rows(measured: MeasuredTable) -> tuple[tuple[str, ...], list[tupl
 def gains_over_controls(measured: MeasuredTable) -> list[str]:
     """Return lines on the gain of each perceptual loss over the pixel loss and over the controls, with intervals.
 
-    The first figure that was measured is the primary one. Its differences are read together, with one correction, and
-    those of all other figures together, with another.
+    The first measured figure is the primary one. Its differences are read together, with one correction, and those of
+    all other figures together, with another.
     """
     primary = next((heading for figure, heading in measured.table.figures if measured.has(figure)), "")
     gains = _gains(measured)
@@ -180,9 +180,9 @@ def comma_separated(tables: Sequence[MeasuredTable]) -> str:
 
 
 def plot(measured: MeasuredTable) -> bytes:
-    """Plot the rows of a table as points with their deviation, as PNG.
+    """Plot a table's rows as points with their deviation, as PNG.
 
-    Each measured figure has a panel; next to it stands a panel with the paper's numbers on their own scale.
+    Each measured figure has a panel; next to it is a panel with the paper's numbers on their own scale.
     """
     table, num_rows = measured.table, len(measured.rows)
     panels: list[tuple[str, str, str]] = []

@@ -1,5 +1,5 @@
-"""What a pre-trained ViT is good for: classification of images and of clips, segmentation, detection, and accuracy
-under attack.
+"""Transfer of a pre-trained ViT: classification of images and clips, segmentation, detection, and accuracy under
+attack.
 
 Kinds of runs, which name the jobs `KIND-ARM-SEED`, and the figures that a table reads from each.
 """
@@ -30,14 +30,14 @@ TRANSFERS: dict[str, dict[str, str]] = {
     "detect": {"box_ap": "evaluation/box_ap", "mask_ap": "evaluation/mask_ap"},
     **{name: {name: "evaluation/top1"} for name, _ in CLIPS},
 }
-"""Kind of a run to its figures, each with the name of its metric."""
+"""Figures of each kind of run, each with the name of its metric."""
 DATA_FLAGS = {
     "segment": "--segmentation-data SOURCE",
     "detect": "--detection-data SOURCE",
     "kinetics": "--kinetics FOLDER",
     "ssv2": "--ssv2 FOLDER",
 }
-"""Kind of a run to the flag that names its data, for those that do not learn from the images of --data."""
+"""The flag that names the data of each kind of run that does not learn from the images of --data."""
 
 
 def kinds_of(figures: Iterable[str]) -> list[str]:
@@ -52,14 +52,14 @@ def last_metrics(run: Path) -> dict[str, Any]:
 
 
 def transfer_figures(job: Job, names: dict[str, str]) -> dict[str, float | None]:
-    """Return the figures of a finished job; None for one that it did not measure, as mask AP without masks."""
+    """Return the figures of a finished job; None for one that it did not measure, such as mask AP without masks."""
     metrics = read_accuracy(job.out) if job.command == "predict" else last_metrics(job.out)
     return {figure: metrics.get(name) for figure, name in names.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class TransferData:
-    """The images of segmentation or of detection, or clips."""
+    """The images for segmentation or detection, or the clips."""
 
     num_images: int
     """Number of training images or clips."""
@@ -68,9 +68,9 @@ class TransferData:
 
 
 def transfer_data(config: ReproduceConfig, base: Mapping[str, Any]) -> dict[str, TransferData]:
-    """Open the images of segmentation and detection, and the clips, that `config` names; the keys are `DATA_FLAGS`.
+    """Open the images for segmentation and detection, and the clips, that `config` names; the keys are `DATA_FLAGS`.
 
-    `base` holds the settings of `segment` and `detect` that name the classes where `config` does not. Raises
+    `base` provides the settings of `segment` and `detect` that name the classes, if `config` does not. Raises
     PecobookError.
     """
     classes = {
