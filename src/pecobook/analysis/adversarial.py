@@ -1,6 +1,6 @@
 """Attacks on a classifier: images changed by at most `eps` in every value so that its loss rises (paper, Table 11).
 
-Both attacks take steps in the direction of the sign of the gradient, and cut what leaves the allowed range after each:
+Both attacks take steps along the sign of the gradient, and clip the result to the allowed range after each:
 
 - BIM, the basic iterative method (Kurakin et al., arXiv 1607.02533): the gradient at the current image;
 - MI-FGSM, the momentum iterative method (Dong et al., arXiv 1710.06081), which the paper calls MIM: a running sum, with

@@ -1,12 +1,12 @@
-"""What several trainings show: paired differences over seeds, their intervals, and one rule for claims.
+"""What several training runs show: paired differences over seeds, their intervals, and one rule for claims.
 
-A training is repeated with other seeds, and two arms are compared seed by seed. The mean of the differences has a t
-interval. A claim is made only where the interval excludes 0, and where several differences are read together, only
-where Holm's correction agrees. Everything else is "not shown", which does not mean that there is no difference.
+A training run is repeated with other seeds, and two arms are compared seed by seed. The mean of the differences has a t
+interval. A claim is made only if the interval excludes 0 and, if several differences are read together, only if Holm's
+correction agrees. Everything else is "not shown", which does not mean that there is no difference.
 
-Seeds can be nested, as ViTs within codebooks within networks. Trainings that share a codebook are not independent, so
-the differences are averaged within each outermost unit first, and the interval counts these units. For the same number
-of trainings in every unit this is the interval of a mixed model of random effects.
+Seeds can be nested, like ViTs within codebooks within networks. Runs that share a codebook are not independent, so the
+differences are averaged within each outermost unit first, and the interval counts these units. With equally many runs
+in every unit this is the interval of a mixed model with random effects.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """HIGHER or LOWER if the interval excludes 0 and the correction, where there is one, agrees."""
+        """HIGHER or LOWER if the interval excludes 0 and the correction, if there is one, agrees."""
         verdict = verdict_of(*self.interval)
         claimed = verdict in (Verdict.HIGHER, Verdict.LOWER)
         if claimed and self.adjusted_p is not None and not self.adjusted_p < 1 - LEVEL:
@@ -89,7 +89,7 @@ class Difference:
         return statistics.stdev(self.values) / math.sqrt(len(self.values)) or math.nan
 
     def amount(self, digits: int = 1) -> str:
-        """Return the mean and its interval as text: `+1.9 [−0.7, +4.4]`; the mean alone where there is no interval."""
+        """Return the mean and its interval as text: `+1.9 [−0.7, +4.4]`; only the mean if there is no interval."""
         if not self.values:
             return "–"
         low, high = self.interval

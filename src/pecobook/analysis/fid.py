@@ -1,7 +1,7 @@
 """FID and the Inception score, from sums that are collected batch by batch.
 
-torch-fidelity computes the distance; here are the sums that replace its arrays of the features of all images, so that
-the memory does not grow with the number of images.
+torch-fidelity computes the distance; the sums here replace its arrays of all images' features, so that memory does not
+grow with the number of images.
 
 B images of a batch, F features, C classes, S splits.
 """
@@ -19,14 +19,14 @@ from pecobook.utils.devices import widest
 
 
 class Gaussian(NamedTuple):
-    """Mean and covariance of the features of images."""
+    """Mean and covariance of image features."""
 
     mean: NDArray[np.float64]
     """(F,)."""
     covariance: NDArray[np.float64]
     """(F, F), with the divisor N - 1."""
     num_images: int
-    """N; 0 where it is not known."""
+    """N; 0 if unknown."""
 
 
 class FeatureSums:
@@ -88,7 +88,7 @@ class InceptionScore:
         self._sums: Tensor | None = None
 
     def add(self, logits: Tensor, places: Tensor) -> None:
-        """Add logits (B, C) of the images at `places` (B,) of the order of reading."""
+        """Add logits (B, C) of the images at positions `places` (B,) in reading order."""
         logits, split = logits.cpu().double(), self._split[places]
         logs = logits.log_softmax(1)
         probabilities = logs.exp()
@@ -99,7 +99,7 @@ class InceptionScore:
         self._entropies.index_add_(0, split, (probabilities * logs).sum(1))
 
     def result(self) -> tuple[float, float]:
-        """Return the mean over the splits that hold images, and its standard deviation."""
+        """Return the mean over the non-empty splits, and its standard deviation."""
         assert self._sums is not None
         filled = self._counts > 0
         counts, sums = self._counts[filled], self._sums[filled]

@@ -1,6 +1,6 @@
-"""Multinomial logistic regression on more features than fit into memory in fp32, some images at a time.
+"""Multinomial logistic regression on more features than fit into memory in fp32, a few images at a time.
 
-The objective, the solver and its settings are scikit-learn's: L-BFGS on the mean cross entropy plus half the squared
+The objective, the solver and its settings are scikit-learn's: L-BFGS on the mean cross-entropy plus half the squared
 norm of the weights, divided by C N. Memory beyond the features is that of one part: its features and its logits.
 """
 
@@ -19,7 +19,7 @@ from pecobook.utils.devices import device
 Rows = Callable[[slice], NDArray[np.float32]]
 """Returns the standardised features (n, D) of some images."""
 _VALUES = 2**24
-"""Logits, or features, of a part: 64 MB."""
+"""Number of logits, or features, in a part: 64 MB."""
 
 
 class LogisticRegression:

@@ -1,4 +1,4 @@
-"""What features are worth while they are learned: their effective rank and, with labels, probes."""
+"""Quality of features while they are learned: their effective rank and, with labels, probes."""
 
 from __future__ import annotations
 

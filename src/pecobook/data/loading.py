@@ -1,8 +1,8 @@
-"""Batches that data-loading processes read, and what to do when one of these processes is killed.
+"""Batches that data-loading processes read, and what to do if one of these processes is killed.
 
-The system kills a process where memory runs out, and a full /dev/shm ends it with a bus error. PyTorch then raises an
-error wherever the main process is, also in the middle of an optimizer step. Here it is noticed only where a batch is
-asked for, and the main process can read the batches of the present step itself, so that the state is whole when the
+The system kills a process if memory runs out, and a full /dev/shm ends it with a bus error. PyTorch then raises an
+error wherever the main process is, even in the middle of an optimizer step. Here it is noticed only when a batch is
+requested, and the main process can read the batches of the current step itself, so that the state is complete when the
 step is saved.
 """
 
@@ -30,11 +30,11 @@ _AHEAD_BYTES, _PART_BYTES = 2**29, 2**23
 _MAX_PREFETCH = 4
 """Number of parts that a process reads ahead."""
 _UNKNOWN = 16
-"""Number of samples in a part where the size of a sample is not known."""
+"""Number of samples in a part if the size of a sample is unknown."""
 _MUCH_WAIT = 0.2
-"""Share of the time above which waiting for data is worth a sentence."""
+"""Share of the time above which waiting for data is reported."""
 _LATE = 2.0
-"""Seconds after which a killed process is surely seen as ended."""
+"""Seconds after which a killed process is certain to be seen as ended."""
 _RESCUED = {-signal.SIGKILL, -signal.SIGBUS, -signal.SIGTERM}
 
 
@@ -44,11 +44,11 @@ class WorkerError(PecobookError):
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts in which data-loading processes read batches, so that batches on their way take a bounded memory."""
+    """The parts in which data-loading processes read batches, so that batches in transit take bounded memory."""
 
     places: Iterable[list[Any]]
     size: int
-    """Largest number of samples in a part; 0 leaves batches whole."""
+    """Largest number of samples in a part; 0 keeps batches whole."""
 
     def __iter__(self) -> Iterator[list[Any]]:
         for batch in self.places:
@@ -64,9 +64,9 @@ def plan(sample_bytes: int, workers: int, room: int) -> tuple[int, int]:
     """Return the largest number of samples in a part, and how many parts each process reads ahead.
 
     Args:
-        sample_bytes: bytes of a sample; 0 where they are not known.
+        sample_bytes: bytes of a sample; 0 if unknown.
         workers: number of processes.
-        room: free bytes of shared memory, of which other runs want their part as well.
+        room: free bytes of shared memory, of which other runs need their share too.
     """
     budget = min(_AHEAD_BYTES, room // 4)
     if not sample_bytes:
@@ -77,7 +77,7 @@ def plan(sample_bytes: int, workers: int, room: int) -> tuple[int, int]:
 
 
 def reading_advice(data_wait: float, workers: int, num_cores: int) -> str:
-    """Return a sentence on what to raise where a device waits much for data; an empty text where it does not.
+    """Return a sentence on what to increase if a device often waits for data; otherwise an empty string.
 
     Args:
         data_wait: share of the time in which the device waits for data.
@@ -97,16 +97,16 @@ class Batches(Iterator[Any]):
     """The batches of a dataset, in order, read by data-loading processes (by this process if `workers` is 0).
 
     Args:
-        dataset: maps a place to a sample.
-        places: the places of each batch, a list for each, such as a list of lists or a `BatchSampler`, which holds no
-            list of all; iterable more than once.
-        collate: makes a batch of a list of samples.
+        dataset: maps a position to a sample.
+        places: a list of positions for each batch, such as a list of lists or a `BatchSampler`, which does not hold all
+            of them; iterable more than once.
+        collate: makes a batch from a list of samples.
         workers: number of processes.
         pin: whether tensors are put into page-locked memory.
-        join: makes a batch of its parts. The processes then read parts of some MB, of which they hold `_AHEAD_BYTES` in
-            all; without it each of them reads two whole batches ahead.
-        flag: the flag that sets the number of processes; empty where there is none.
-        on_failure: called with a sentence when a process was killed; this process then reads the further batches. None
+        join: makes a batch from its parts. The processes then read parts of a few MB, and hold `_AHEAD_BYTES` of them
+            in total; without it each of them reads two whole batches ahead.
+        flag: the flag that sets the number of processes; empty if there is none.
+        on_failure: called with a sentence if a process was killed; this process then reads the remaining batches. None
             raises WorkerError instead.
     """
 
@@ -170,7 +170,7 @@ class Batches(Iterator[Any]):
         return self._collate([self._dataset[place] for place in places])
 
     def _reason(self, error: Exception) -> tuple[str, bool]:
-        """Return why a batch did not come, and whether this process can read it; an empty text for another error."""
+        """Return why a batch did not arrive, and whether this process can read it; an empty string for other errors."""
         if not self._workers:
             return "", False
         if "shared memory" in str(error) or "/torch_" in str(error):
@@ -198,13 +198,13 @@ class Batches(Iterator[Any]):
 def _start_method() -> str | None:
     """Return how processes start: on Linux as forks, which share the list of images, unless the program chose a method.
 
-    From Python 3.14 on the default is a process that imports everything anew.
+    From Python 3.14 on, the default is a process that imports everything again.
     """
     return "fork" if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None else None
 
 
 def _sample_bytes(dataset: Any, places: Iterable[list[Any]], collate: Callable[[list[Any]], Any]) -> int:
-    """Return the bytes of the tensors of the first sample; 0 where it cannot be read, or there is none."""
+    """Return the bytes of the first sample's tensors; 0 if it cannot be read, or if there is none."""
     with contextlib.suppress(Exception):  # raised again where its batch is asked for
         return _num_bytes(collate([dataset[next(iter(places))[0]]]))
     return 0
@@ -235,7 +235,7 @@ def _no_shared_memory() -> str:
 
 
 class _Shared:
-    """Puts the tensors of a batch into shared memory where an error is seen; PyTorch would lose the batch."""
+    """Puts a batch's tensors into shared memory, where an error is noticed; PyTorch would lose the batch."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate

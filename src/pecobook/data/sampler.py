@@ -57,7 +57,7 @@ def uniform(seed_key: int, number: int) -> float:
 
 
 def permute(index: int, size: int, permutation_key: int) -> int:
-    """Map `index` by a keyed permutation of range(size)."""
+    """Map `index` with a keyed permutation of range(size)."""
     if not 0 <= index < size:
         raise IndexError(f"index {index} is outside range({size})")
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -74,9 +74,9 @@ def permute(index: int, size: int, permutation_key: int) -> int:
 def permute_windows(index: int, size: int, window: int, permutation_key: int) -> int:
     """Map `index` by a keyed permutation of range(size) that is nearly sequential, for slow storage.
 
-    Each `window` consecutive indices stand for at most 32 runs of neighbouring numbers, from places all over the range,
-    whose numbers are shuffled together: a reader that holds a window reads each run once and from end to end. The runs
-    begin elsewhere for each key. A window of 0 shuffles all numbers together, as `permute` does.
+    Each `window` consecutive indices stand for at most 32 runs of neighbouring numbers, from all over the range, whose
+    numbers are shuffled together: a reader that holds a window reads each run once and from end to end. The runs start
+    at other places for each key. A window of 0 shuffles all numbers together, as `permute` does.
     """
     if not window:
         return permute(index, size, permutation_key)
@@ -92,7 +92,7 @@ def permute_windows(index: int, size: int, window: int, permutation_key: int) ->
 
 
 def fixed_permutation(position: int, size: int) -> int:
-    """Map `position` by a permutation of range(size) that no seed changes; the first few images are a fair sample."""
+    """Map `position` with a permutation of range(size) that no seed changes; the first images are a fair sample."""
     return permute(position, size, key(0, 1))
 
 

@@ -29,17 +29,17 @@ from pecobook.errors import DataError
 Integers = npt.NDArray[np.int64]
 _HASHED_IMAGES = 32
 _PART = 2**20
-"""Indices of images that are hashed at a time."""
+"""Number of image indices hashed at a time."""
 
 
 class Store:
     """Rows of images that can be read in any order.
 
     A store can be pickled and forked: each process opens a file when it first reads from it. Each store overrides
-    `__len__`, `identify`, `file` and `digest`, and what else differs for it.
+    `__len__`, `identify`, `file` and `digest`, and whatever else differs.
 
     Attributes:
-        value_range: the values that become black and white in images with more than 8 bits; see `decode`.
+        value_range: the values mapped to black and white in images with more than 8 bits; see `decode`.
     """
 
     value_range: Range | None = None
@@ -54,7 +54,7 @@ class Store:
         raise NotImplementedError
 
     def file(self, row: int) -> Path | bytes | None:  # noqa: ARG002
-        """Return the path of the file of a row, its bytes if it lies within another file, or None if it is no file."""
+        """Return the path of a row's file, its bytes if it lies inside another file, or None if it is not a file."""
         return None
 
     def encoded(self, row: int) -> bytes:
@@ -79,7 +79,7 @@ class Store:
         return (self.read(row, shortest),)
 
     def files(self, rows: Integers) -> Iterable[bytes] | None:  # noqa: ARG002
-        """Return the paths of the files that hold the rows, some perhaps twice; None if they are in no files."""
+        """Return the paths of the files that contain the rows, possibly with repeats; None if they are in no files."""
         return None
 
     def num_bytes(self) -> int:
@@ -87,7 +87,7 @@ class Store:
         return 0
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash that identifies the rows; it is equal on another machine with the same files."""
+        """Return a hash that identifies the rows; it is the same on another machine with the same files."""
         raise NotImplementedError
 
 
@@ -101,7 +101,7 @@ class ImageSource:
         split: "train" or "evaluation".
         classes: names of the classes, or None if there are no labels.
         labels: int64 (n,), the index in `classes` for each image, or None.
-        unlabelled: why there are no labels, if more can be said than that; the names of images count as part of it.
+        unlabelled: why there are no labels, if there is more to say; this includes the names of images.
         left_out: reason -> number of images, masks or objects of a dense source that training and scores do not use.
     """
 
@@ -136,7 +136,7 @@ class ImageSource:
 
         Args:
             index: number of the image.
-            shortest: above 0, a large JPEG may be reduced, while its shorter side keeps this many pixels; see `decode`.
+            shortest: above 0, a large JPEG may be reduced if its shorter side keeps this many pixels; see `decode`.
 
         Raises:
             BadImage: the image cannot be read.
@@ -144,9 +144,9 @@ class ImageSource:
         return self._store.read(self._row(index), shortest)
 
     def file(self, index: int) -> Path | bytes | None:
-        """Return the path of the file of image `index`, or its bytes where it lies within another file.
+        """Return the path of image `index`'s file, or its bytes if it lies inside another file.
 
-        None stands for an image that is no file. Raises BadImage.
+        None means that the image is not a file. Raises BadImage.
         """
         return self._store.file(self._row(index))
 
@@ -174,24 +174,24 @@ class ImageSource:
         return part
 
     def map(self) -> Self:
-        """Put the numbers of rows and the labels of a large source into mapped files, and return the source."""
+        """Move the row numbers and labels of a large source into memory-mapped files, and return the source."""
         self._rows = None if self._rows is None else mapped(self._rows)
         self.labels = None if self.labels is None else mapped(self.labels)
         return self
 
     @property
     def unit(self) -> str:
-        """What the source holds, "images" or "clips"."""
+        """What the source contains, "images" or "clips"."""
         return self._store.unit
 
     @property
     def value_range(self) -> ValueRange | None:
-        """The values that become black and white in images with more than 8 bits; None if no range was set."""
+        """The values mapped to black and white in images with more than 8 bits; None if no range was set."""
         value_range = self._store.value_range
         return value_range if isinstance(value_range, ValueRange) else None
 
     def use_range(self, value_range: Range | None) -> None:
-        """Decode images with more than 8 bits with this range, in all sources that share the store too."""
+        """Decode images with more than 8 bits with this range, also in all sources that share the store."""
         self._store.value_range = value_range
 
     @property
@@ -199,9 +199,9 @@ class ImageSource:
         """16 hexadecimal digits that change when the images change.
 
         The fingerprint is a hash of names and, in parquet files and shards, of sizes and of the bytes of a few images,
-        so that a file that was written anew with other images has another one. The fingerprint of a folder of images
-        holds the names alone; record.py sees more. It does not depend on the location of the folder. A range of values
-        that was set changes the fingerprint.
+        so that a file rewritten with other images has another one. The fingerprint of a folder of images covers only
+        the names; record.py sees more. It does not depend on the location of the folder. Setting a value range changes
+        the fingerprint.
         """
         identity = f"{len(self)} {self.digest()}"
         if self.value_range not in (None, FULL_16_BITS):  # both give the same pixels
@@ -209,11 +209,11 @@ class ImageSource:
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def digest(self) -> str:
-        """Return a hash that identifies the images, whatever their range of values."""
+        """Return a hash that identifies the images, whatever their value range."""
         return self._store.digest(self.rows)
 
     def files(self) -> Iterable[bytes] | None:
-        """Return the paths of the files that hold the images, some perhaps twice; None if they are in no files."""
+        """Return the paths of the images' files, possibly with repeats; None if they are in no files."""
         return None if self.name.startswith("hf:") or is_remote(self.name) else self._store.files(self.rows)
 
     def content(self, index: int) -> bytes:
@@ -222,12 +222,12 @@ class ImageSource:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all encoded images of the table that holds the images; 0 for other sources."""
+        """The bytes of all encoded images of the table that contains the images; 0 for other sources."""
         return self._store.num_bytes()
 
     @property
     def rows(self) -> Integers:
-        """The row of the store of each image, int64 (n,)."""
+        """The store's row for each image, int64 (n,)."""
         return np.arange(len(self._store), dtype=np.int64) if self._rows is None else self._rows.astype(np.int64)
 
     def _row(self, index: int) -> int:
@@ -240,7 +240,7 @@ class ImageSource:
 
 
 class Note(str):
-    """A sentence on a source, with what it is about; a plain sentence is about nothing that `pecobook check` looks for.
+    """A sentence on a source, with its topic; a plain sentence is about nothing that `pecobook check` looks for.
 
     Attributes:
         kind: "lost labels" or "lost images", which would be learned wrongly; "one class"; or "empty classes".
@@ -256,7 +256,7 @@ class Note(str):
 
 
 def kind_of(note: str) -> str:
-    """Return the kind of a note, and an empty text for a plain sentence."""
+    """Return the kind of a note, or an empty string for a plain sentence."""
     return note.kind if isinstance(note, Note) else ""
 
 
@@ -268,10 +268,10 @@ class Splits:
         train: the training images.
         evaluation: held-out images; `train` contains none of them.
         evaluation_name: the kind of `evaluation`: "test", "validation", "held-out 10% of train" or "held-out regions".
-        left_out: why files (or samples) of the source are not used, in a few words such as "extension .xyz", and how
-            many there are of each kind.
-        notes: sentences that a run says once before it starts, such as why the source has no labels; see `Note`.
-        files: the files of annotations and of names of classes.
+        left_out: why files (or samples) of the source are not used, in a few words such as "extension .xyz", and the
+            number of each kind.
+        notes: sentences that a run prints once before it starts, such as why the source has no labels; see `Note`.
+        files: the annotation files and the files of class names.
     """
 
     train: ImageSource
@@ -286,7 +286,7 @@ class Splits:
 
 
 def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
-    """Return a hash that holds the bytes of a few of the rows, which `read` reads, for names to be added."""
+    """Return a hash over the bytes of a few rows, which `read` reads; names can be added to it."""
     digest = hashlib.sha256()
     for row in rows[:: max(len(rows) // _HASHED_IMAGES, 1)][:_HASHED_IMAGES].tolist():
         try:
@@ -297,7 +297,7 @@ def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
 
 
 def arrow_binary(values: list[bytes]) -> Any:
-    """Return an Arrow array of texts, which may have more than 2 GiB in all; see `arrow_integers`."""
+    """Return an Arrow array of texts, which may exceed 2 GiB in total; see `arrow_integers`."""
     import pyarrow as pa
 
     ends = np.zeros(len(values) + 1, np.int64)
@@ -310,7 +310,7 @@ def arrow_binary(values: list[bytes]) -> Any:
 def arrow_integers(values: Integers) -> Any:
     """Return an Arrow array of the integers.
 
-    pyarrow's own conversion would import pandas, which takes half a second of a processor at every start.
+    pyarrow's own conversion would import pandas, which takes half a second of CPU time at every start.
     """
     import pyarrow as pa
 
@@ -320,15 +320,15 @@ def arrow_integers(values: Integers) -> Any:
 
 
 def release_memory() -> None:
-    """Give back to the system what Arrow has let go; it would keep twice what the columns of a large source take."""
+    """Return memory that Arrow has freed to the system; Arrow would keep twice the size of a large source's columns."""
     if "pyarrow" in sys.modules:
         sys.modules["pyarrow"].default_memory_pool().release_unused()
 
 
 def file_version(file: Path) -> str:
-    """Return text that changes when a file is replaced or written, also if its time is then set back.
+    """Return text that changes if a file is replaced or written, even if its modification time is then reset.
 
-    The time of the last change of the entry (ctime) cannot be set, and a file that replaces another has its own inode.
+    The change time of the entry (ctime) cannot be set, and a replacement file has its own inode.
     """
     if isinstance(file, RemotePath):
         return file.version()
@@ -344,7 +344,7 @@ def relative_names(files: list[Path], root: Path | None) -> list[str]:
 
 
 def unused_splits(counts: Mapping[str, int], chosen: str) -> dict[str, int]:
-    """Return what `Splits.left_out` says of the splits that are neither "train" nor the evaluation split `chosen`."""
+    """Return the entries of `Splits.left_out` for splits that are neither "train" nor the evaluation split `chosen`."""
     return {
         f"in the {split} split, because {chosen} is held out": count
         for split, count in counts.items()
@@ -371,14 +371,14 @@ def hold_out(source: ImageSource) -> Splits:
 
 
 def _hashes(count: int) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
-    """Yield the hashes of some indices at a time, no two of which are equal, and the first of these indices."""
+    """Yield the distinct hashes of some indices at a time, and the first of these indices."""
     for start in range(0, count, _PART):
         indices = np.arange(start, min(start + _PART, count), dtype=np.uint64)
         yield start, splitmix64_array(indices * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _kth_hash(count: int, k: int) -> np.uint64:
-    """Return the k-th smallest hash (from 1) of the indices below `count`, of which few are in memory at a time."""
+    """Return the k-th smallest hash (from 1) of the indices below `count`, with few of them in memory at a time."""
     leading = np.zeros(2**16, np.int64)  # how many hashes begin with these 16 bits
     for _, hashes in _hashes(count):
         leading += np.bincount((hashes >> np.uint64(48)).astype(np.int64), minlength=2**16)
@@ -396,5 +396,5 @@ def _numbers(count: int, belongs: Callable[[npt.NDArray[np.uint64]], Any]) -> np
 
 
 def _compact(numbers: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    """Return numbers below `count` in four bytes each where they fit."""
+    """Return numbers below `count` in four bytes each if they fit."""
     return numbers.astype(np.uint32 if count <= 2**32 else np.int64)

@@ -1,7 +1,7 @@
-"""The training stream and its loader: positions in, batches out, nothing remembered.
+"""The training stream and its loader: positions in, batches out, no state.
 
 `Stream[p]` is the sample at position `p` (see `pecobook.data.sampler`); a DataLoader reads it in any number of
-processes. An image that cannot be read is replaced by the next one in the permutation, and reported with the batch.
+processes. An unreadable image is replaced by the next one in the permutation, and reported with the batch.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ _GIVE_UP_AFTER = 100
 class Stream(Dataset[dict[str, Any]]):
     """Samples by position.
 
-    A sample holds what `view` and `companion` return, `index` (the image's number), `label` when the source has labels,
-    `replaced` (bool, whether it replaces an image that cannot be read) and `skipped` (what could not be read on the
-    way, as text). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch,
-    or, with `num_views`, the epoch modulo that. With `repeats`, that many neighbouring positions stand for as many
-    views of one image, so an epoch of the order takes that many times the positions. `window` is that of
-    `permute_windows`.
+    A sample contains the results of `view` and `companion`, `index` (the image's number), `label` if the source has
+    labels, `replaced` (bool, whether it replaces an unreadable image) and `skipped` (a text on what could not be read
+    before it). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch or,
+    with `num_views`, the epoch modulo that. With `repeats`, that many neighbouring positions stand for as many views of
+    one image, so an epoch takes that many times as many positions. `window` is that of `permute_windows`.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Stream(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Stack tensors; join lists: what was skipped, and tensors of different shapes."""
+    """Stack tensors; concatenate lists: what was skipped, and tensors of different shapes."""
     batch: dict[str, Any] = {"skipped": []}
     for name, first in samples[0].items():
         parts = [sample[name] for sample in samples]
@@ -105,7 +104,7 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 
 
 def join(parts: list[dict[str, Any]], device: torch.device | None = None) -> Any:
-    """Join the parts of a batch, on a device if one is given; a name that is missing in a part adds nothing."""
+    """Join the parts of a batch, on a device if one is given; a name missing from a part adds nothing."""
     if device is not None:
         parts = [{**part, **to_device(cast("Batch", part), device)} for part in parts]
     batch: dict[str, Any] = {}
@@ -117,7 +116,7 @@ def join(parts: list[dict[str, Any]], device: torch.device | None = None) -> Any
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """All tensors of a batch on a device, without what was skipped."""
+    """Return all tensors of a batch on a device, without what was skipped."""
 
     def move(value: Any) -> Any:
         if isinstance(value, list):
@@ -128,9 +127,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def default_workers(devices: int) -> int:
-    """Data-loading processes for each device: the cores shared out, none where only one is to spare.
+    """Return the number of data-loading processes per device: a share of the cores, none if only one can be spared.
 
-    A GPU gets at most 64. Without one at most 16 read, since the cores compute too.
+    A GPU gets at most 64. Without one, at most 16 read, since the cores also compute.
     """
     share = len(cores()) // max(devices, 1) - 1
     return min(share, 64 if torch.cuda.is_available() else 16) if share > 1 else 0
@@ -139,9 +138,9 @@ def default_workers(devices: int) -> int:
 def load(
     stream: Stream, positions: Sequence[list[int]], *, workers: int, device: torch.device | None = None
 ) -> Iterator[Batch]:
-    """Batches of this rank, in order, of the positions that each list names; those of several parts are on `device`.
+    """Return this rank's batches, in order, for the positions in each list; those with several parts are on `device`.
 
-    Where a data-loading process is killed, `stream.failure` says so, and this process reads the further batches.
+    If a data-loading process is killed, `stream.failure` says so, and this process reads the remaining batches.
     """
 
     def note(sentence: str) -> None:
@@ -152,7 +151,7 @@ def load(
 
 
 class OrError(Dataset[Any]):
-    """Maps an item to what `read` returns, or to the error of an image that cannot be read."""
+    """Maps an item to the result of `read`, or to the error of an unreadable image."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self.read = read
@@ -170,7 +169,7 @@ def _single(samples: list[Any]) -> Any:
 
 
 def read_whole(source: ImageSource, shortest: int = 0) -> Iterator[Tensor | BadImage]:
-    """Read the images of a source one by one, in order, at their own sizes; `shortest` as in `decode`.
+    """Read a source's images one by one, in order, at their own sizes; `shortest` as in `decode`.
 
     Yields:
         uint8 (3, H, W), or the reason why the image cannot be read.
@@ -205,8 +204,8 @@ def read_crops(
 ) -> Iterator[Batch]:
     """Read central crops of the images `order`, whose side is `share` of the shorter side.
 
-    A batch has image uint8 (B, 3, size, size), index int64 (B,), label int64 (B,) when the source has labels, and what
-    was skipped, alone where nothing of the batch could be read.
+    A batch has image uint8 (B, 3, size, size), index int64 (B,), label int64 (B,) if the source has labels, and what
+    was skipped, on its own if nothing in the batch could be read.
     """
     if workers < 0:
         workers = default_workers(1) if len(order) > 2048 else 0
@@ -223,12 +222,12 @@ def read_crops(
 def central_crops(
     source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128, share: float = 1.0
 ) -> Iterator[tuple[int, Batch]]:
-    """Read a source once (or the first `limit` images of a fixed permutation of it), without what cannot be read.
+    """Read a source once (or the first `limit` images of a fixed permutation of it), without unreadable images.
 
-    `share` is the side of the crop, as a share of the image's shorter side.
+    `share` is the side of the crop, as a fraction of the image's shorter side.
 
     Yields:
-        how many images were asked for so far, and a batch of `read_crops`.
+        the number of images requested so far, and a batch of `read_crops`.
 
     Raises:
         DataError: none of the images can be read.
@@ -247,7 +246,7 @@ def central_crops(
 
 
 def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tuple[Tensor, Tensor | None, list[str]]:
-    """All that `central_crops` yields, at once.
+    """Return everything that `central_crops` yields, at once.
 
     Returns:
         images uint8 (N, C, size, size), labels int64 (N,) or None, and what could not be read.
@@ -285,7 +284,7 @@ def _collate_views(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class _Items:
-    """Batches of (split, image), none of which holds images of both splits; no list of all is made."""
+    """Batches of (split, image), none of which mixes the splits; no list of all is made."""
 
     ranges: Sequence[tuple[str, range]]
     batch_size: int
@@ -318,7 +317,7 @@ def read_all_views(
 
 @dataclasses.dataclass(frozen=True)
 class Numbers(Sequence[int]):
-    """The numbers of ranges, one range behind the other, without a list of all."""
+    """The numbers in ranges, one range after another, without a list of all."""
 
     ranges: Sequence[range]
 

@@ -1,7 +1,7 @@
-"""What a source holds, in a few lines for a person: images, classes, objects, masks, sizes, and what was left out.
+"""A source's contents in a few lines: images, classes, objects, masks, sizes, and what was left out.
 
-A run looks at the headers of a bounded sample of images before it starts (`sample_census`); `pecobook check` looks at
-every image. Both fill a `Census`, which takes the same memory for any number of images.
+A run reads the headers of a bounded sample of images before it starts (`sample_census`); `pecobook check` reads every
+image. Both fill a `Census`, which takes the same memory for any number of images.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Lines = list[tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What one image is, from its header, or from the whole image where it was decoded.
+    """The facts about one image, from its header, or from the whole image if it was decoded.
 
     Attributes:
         name: the image's name.
-        size: height and width in pixels; None where they are unknown.
-        mode: mode of the file, such as "RGB", "L" (grey) or "P" (palette); empty where it is unknown.
-        digest: 64 bits that are equal for equal files; None where the file was not read.
+        size: height and width in pixels; None if unknown.
+        mode: mode of the file, such as "RGB", "L" (grey) or "P" (palette); empty if unknown.
+        digest: 64 bits that are equal for equal files; None if the file was not read.
         values: value of the mask's pixels, as the file has it -> number of pixels; None without a mask that was read.
         problem: why the image, or its mask, cannot be used.
     """
@@ -60,8 +60,8 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
     Args:
         source: the source of the image.
         index: number of the image.
-        whole: decode the image, and hash its file; False reads the header alone.
-        mask: read the mask too, where the source has masks whose pixels are not counted yet.
+        whole: decode the image, and hash its file; False reads only the header.
+        mask: also read the mask, if the source has masks whose pixels are not yet counted.
     """
     name, size, mode, digest, values = source.identify(index), None, "", None, None
     try:
@@ -118,7 +118,7 @@ def _header(name: str, file: Path | bytes) -> tuple[tuple[int, int], str]:
 
 @dataclasses.dataclass
 class Census:
-    """What was met in the images of one split that were looked at."""
+    """What was found in the inspected images of one split."""
 
     images: int = 0
     num_bad: int = 0
@@ -139,12 +139,12 @@ class Census:
 
     @classmethod
     def of(cls, source: ImageSource) -> Census:
-        """Return a census without an image, but with the pixels of all masks where these are counted already."""
+        """Return a census without images, but with the pixels of all masks if these are already counted."""
         counts = source.counts if isinstance(source, SegmentationSource) else None
         return cls() if counts is None else cls(masks=counts.masks, values=Counter(counts.values))
 
     def add(self, seen: Look, *, keep: int = 20) -> None:
-        """Count one image; about `keep` unreadable ones are kept by name, those of each reason together."""
+        """Count one image; about `keep` unreadable ones are kept by name, grouped by reason."""
         self.images += 1
         if seen.problem:
             self.num_bad += 1
@@ -171,7 +171,7 @@ class Census:
 
 
 def sample_census(source: ImageSource, *, count: int = SAMPLE_IMAGES, seconds: float = _SAMPLE_SECONDS) -> Census:
-    """Look at the headers of at most `count` evenly spaced images, and at some of their masks, for a few seconds."""
+    """Read the headers of at most `count` evenly spaced images, and some of their masks, for a few seconds."""
     census, began = Census.of(source), time.monotonic()
     spaced = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64))
     shuffled = np.random.default_rng(0).permutation(spaced)  # so that a sample that ends early is spread evenly too
@@ -200,8 +200,8 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
 
     Args:
         splits: the opened source.
-        census: what was met in the training images; None looks at a sample of them.
-        evaluation: what was met in the held-out images; None looks at none of them.
+        census: what was found in the training images; None inspects a sample of them.
+        evaluation: what was found in the held-out images; None inspects none of them.
     """
     train, held_out = splits.train, splits.evaluation
     census = sample_census(train) if census is None else census
@@ -229,7 +229,7 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
 
 
 def _masks_that_are_learned(source: ImageSource) -> list[str]:
-    """Return a note where one of a few class folders seems to hold the masks of the others."""
+    """Return a note if one of a few class folders seems to contain the masks of the others."""
     classes = source.classes or ()
     if source.labels is None or len(classes) > 4 or len(source) > _FEW_IMAGES or not any(map(names_masks, classes)):
         return []
@@ -250,7 +250,7 @@ def left_out_of(splits: Splits) -> Counter[str]:
 
 
 def aligned(lines: Iterable[tuple[str, str]]) -> list[str]:
-    """Return one text for each (topic, text), the topics in a column."""
+    """Return one text for each (topic, text), with aligned columns."""
     return [f"{topic:<10} {text}" for topic, text in lines]
 
 
@@ -315,7 +315,7 @@ def spread(counts: Mapping[str, int]) -> str:
 
 
 def _extremes(counts: Mapping[str, int]) -> tuple[str, str, str]:
-    """Return the rarest class and the commonest class that occur, and words on those that do not."""
+    """Return the rarest and the most common class that occur, and a text on those that do not."""
     present = [name for name, count in counts.items() if count]
     absent = [short(name) for name, count in counts.items() if not count]
     more = f" and {len(absent) - 3:,} more" if len(absent) > 3 else ""
@@ -328,7 +328,7 @@ def _percent(share: float) -> str:
 
 
 def sizes_text(census: Census, total: int, unit: str = "images") -> str:
-    """Return the sizes and the modes that were met, and in how many of `total` images."""
+    """Return the sizes and modes found, and in how many of `total` images."""
     if census.smallest is None or census.size is None:
         return "unknown"
     (low_short, low_long), (high_short, high_long) = census.smallest, census.largest

@@ -6,11 +6,11 @@
     bank/train/skipped-00000.json if some images could not be read: number -> name and reason; the codes of these are 0
     bank/evaluation/...           the central view of each held-out image
 
-Beside each shard lies its checksum, which is verified when the bank is opened.
+Each shard is stored with its checksum, which is verified when the bank is opened.
 
 (seed, image, view number) identifies a view, so a bank of V views serves any training run with the same seed and crop
 settings: epoch e uses view e mod V. Any number of processes can write shards; each shard is written atomically and read
-by memory mapping.
+through memory mapping.
 
 V views, h x w latent grid, K codewords.
 """
@@ -64,16 +64,16 @@ BANK: Schema = {
     "colour": {field.name: NUMBER.or_none for field in dataclasses.fields(PhotometricConfig)},
     "code_type": Kind("uint16 or uint32", lambda value: value in ("uint16", "uint32"), optional=True),
 }
-"""What config.json of a bank holds."""
+"""The fields of a bank's config.json."""
 
 OF_IMAGES = ("data", "evaluation_data", "num_images", "num_evaluation_images")
-"""Names of what a bank's config.json says of the images."""
+"""The entries of a bank's config.json that describe the images."""
 
 Codes: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
 def code_type(num_codewords: int) -> dict[str, str]:
-    """Return the entry of a bank's config.json that states the type of its codes; none for uint16, which is usual."""
+    """Return the entry of a bank's config.json for the type of its codes; none for uint16, which is usual."""
     return {"code_type": "uint32"} if num_codewords > _LARGE_CODEBOOK else {}
 
 
@@ -118,7 +118,7 @@ def write_shard(file: Path, codes: Codes, skipped: dict[int, BadImage] | None = 
 
     Args:
         file: the path of the shard.
-        codes: (n, V, h, w), of the type of the bank.
+        codes: (n, V, h, w), with the bank's type.
         skipped: the error of each unreadable image, by the image's number.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,11 +145,11 @@ class TokenBank:
     Args:
         folder: the folder of the bank.
         num_codewords: K of the bank's tokenizer; a code of K or above is refused.
-        verify: whether to read all shards and compare them with their checksums, which one process on each machine
-            does for all.
+        verify: whether to read all shards and compare them with their checksums, which one process per machine does for
+            all.
 
     Raises:
-        DataError: the folder holds no bank, or the bank is unfinished, or a shard differs from its checksum.
+        DataError: the folder contains no bank, the bank is unfinished, or a shard does not match its checksum.
     """
 
     def __init__(self, folder: str | Path, num_codewords: int = MAX_CODEWORDS, *, verify: bool = True) -> None:
@@ -278,7 +278,7 @@ def read_skipped(folder: Path, layout: BankLayout) -> dict[int, BadImage]:
 
 
 def read_bank_config(folder: Path) -> dict[str, Any]:
-    """Read a bank's config.json. Raises DataError if the folder holds no token bank, or the file is damaged."""
+    """Read a bank's config.json. Raises DataError if the folder contains no token bank, or the file is damaged."""
     if sentence := damage([folder / "config.json"]):
         raise DataError(f"{sentence}\n{_AGAIN}")
     try:

@@ -1,7 +1,7 @@
-"""Gives an image source the range of its values, for images with more than 8 bits (`--value-range`).
+"""Gives an image source its value range, for images with more than 8 bits (`--value-range`).
 
-One range belongs to a whole data set and to all that is trained on it: a range of each image would turn the noise of a
-dark image into full contrast. Images of 8 bits keep their values.
+One range belongs to a whole data set and to everything trained on it: a range per image would turn the noise of a dark
+image into full contrast. 8-bit images keep their values.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.utils.printer import say
 
 _SAMPLE = 64
-"""Number of images at which `auto` looks."""
+"""Number of images that `auto` inspects."""
 _MANY = 0.01
-"""A larger share of values outside of a model's range is warned of."""
+"""A larger share of values outside a model's range triggers a warning."""
 _NO_EFFECT = "--value-range changes nothing: the images of '{name}' have 8 bits, and keep their values."
 
 
 def apply_value_range(setting: RangeSetting, sources: Sequence[ImageSource], *, trained: RangeSetting = AUTO) -> None:
-    """Set the range of the values of image sources, and print what was taken.
+    """Set the value range of image sources, and print what was chosen.
 
     Args:
         setting: the value of --value-range, `AUTO` or (low, high).
-        sources: the sources, of which the sample takes equal parts.
-        trained: the range with which the given model was trained; `auto` takes this range, if there is one.
+        sources: the sources; the sample takes equal parts of them.
+        trained: the range that the given model was trained with; `auto` uses it, if there is one.
 
     Raises:
         DataError: `auto` finds no range that fits all images of the sample.
@@ -62,7 +62,7 @@ def _survey(sources: Sequence[ImageSource]) -> Survey:
 def _notes(
     name: str, given: ValueRange | None, learned: ValueRange | None, chosen: ValueRange | None, survey: Survey
 ) -> list[str]:
-    """Return what is to be said of the range `chosen`: --value-range gives it, or a model, or else the survey."""
+    """Return the notes on the range `chosen`: given by --value-range, a model, or else the survey."""
     usual = survey.usual_values()
     if chosen is None or not survey.num_deep:
         lines = [] if given is None or usual is None else [_NO_EFFECT.format(name=name)]
@@ -82,7 +82,7 @@ def _notes(
 
 
 def _narrow(name: str, usual: ValueRange | None, whole: ValueRange, remedy: str) -> list[str]:
-    """Return a warning of images that use a small part of their range."""
+    """Return a warning about images that use a small part of their range."""
     if usual is None or usual.high - usual.low >= (whole.high - whole.low) / 8:
         return []
     if usual.low == usual.high:

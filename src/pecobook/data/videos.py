@@ -1,7 +1,7 @@
-"""Decodes chosen frames of a video file with PyAV. Whatever is wrong with a file is a `BadImage`.
+"""Decodes chosen frames of a video file with PyAV. Any problem with a file is a `BadImage`.
 
-A video of n frames has n moments, equally far apart by its average rate, and frame k is what a player shows at moment
-k: where the rate varies, one may stand for many moments. Only groups of pictures are decoded that hold a chosen frame.
+A video of n frames has n moments, equally spaced by its average rate, and frame k is what a player shows at moment k:
+if the rate varies, one may stand for many moments. Only groups of pictures with a chosen frame are decoded.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pecobook.data.decode import BadImage, check_regular, from_pillow, max_pixel
 from pecobook.errors import first_line
 
 Choice = Callable[[int], Sequence[int]]
-"""From the number of frames of a video to the numbers of the frames to read, in ascending order."""
+"""Maps the number of frames of a video to the numbers of the frames to read, in ascending order."""
 Opened = Callable[[], tuple[Any, Any]]
 """Returns a video file, at its beginning, and its video."""
 _FORWARD = 48
-"""Frames that are decoded in passing; from a larger distance on, the reader seeks."""
+"""Number of frames that are decoded in passing; for a larger distance the reader seeks."""
 _MISSING = 0.05
-"""Share of the frames that a video may lack at its end: the header's length is often a little wrong."""
+"""Share of the frames that a video may lack at its end: the header's length is often slightly wrong."""
 _ROUNDED = 0.1
-"""Share of a frame by which a time stamp may be later than its moment: many files hold milliseconds."""
+"""Share of a frame by which a time stamp may be later than its moment: many files store milliseconds."""
 _OPTIONS = {  # a file can name others, also on other machines: only these formats are read, and no other file
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf",
     "protocol_whitelist": "file",
@@ -42,11 +42,11 @@ _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 def read_video(path: Path, choose: Choice) -> Tensor:
     """Decode chosen frames of a video file: uint8 (T, 3, H, W), RGB, upright.
 
-    A transparent video is composited on white. Values of more than 8 bits, also of high dynamic range, are scaled.
+    A transparent video is composited on white. Values with more than 8 bits, including high dynamic range, are scaled.
 
     Raises:
-        BadImage: the file is no video, is cut off or otherwise damaged, or its frames are too large, differ in size or
-            are turned by an angle that is no multiple of 90 degrees.
+        BadImage: the file is not a video, is cut off or otherwise damaged, or its frames are too large, differ in size
+            or are rotated by an angle that is not a multiple of 90 degrees.
     """
     import av
 
@@ -81,14 +81,14 @@ def read_video(path: Path, choose: Choice) -> Tensor:
 
 
 def stacked(name: str, frames: list[Tensor]) -> Tensor:
-    """Stack the frames of a clip, (3, H, W) each. Raises BadImage where their sizes differ."""
+    """Stack the frames of a clip, (3, H, W) each. Raises BadImage if their sizes differ."""
     if len({frame.shape for frame in frames}) > 1:
         raise BadImage(name, "its frames differ in size")
     return torch.stack(frames)
 
 
 def _check_end(path: Path, container: Any) -> None:
-    """Raise BadImage where a file is cut off whose length FFmpeg takes from what is left of it."""
+    """Raise BadImage if a file is cut off whose length FFmpeg infers from what is left of it."""
     size, is_cut = path.stat().st_size, False
     if container.format.name == "mpegts":
         is_cut = all(size % packet for packet in _TS_PACKETS)
@@ -101,7 +101,7 @@ def _check_end(path: Path, container: Any) -> None:
 
 
 def _seconds(container: Any, stream: Any) -> Fraction | None:
-    """Return the length of a video by the header; None where the header has a number of frames, or neither."""
+    """Return a video's length according to its header; None if the header has a number of frames, or neither."""
     formats = container.format.name.split(",")
     if "mpeg" in formats or (stream.frames and "mov" not in formats):
         return None  # mpeg has few time stamps; the frames of mov are also those in front of an edit list's beginning
@@ -120,7 +120,7 @@ def _start(stream: Any) -> Fraction:
 
 
 def _num_packets(container: Any, stream: Any, rate: Fraction) -> int:
-    """Return the number of frames by the packets. Raises BadImage where the file ends before its header says so."""
+    """Return the number of frames by counting packets. Raises BadImage if the file ends before its header says."""
     packets = [  # what is asked of each, because the packets themselves are the whole file
         (
             packet.stream is stream,
@@ -143,7 +143,7 @@ def _num_packets(container: Any, stream: Any, rate: Fraction) -> int:
 def _frames_at(
     container: Any, stream: Any, numbers: Sequence[int], count: int, rate: Fraction, opened: Opened
 ) -> Iterator[Tensor]:
-    """Yield the frames at ascending moments, of `count`. Raises BadImage where the video ends long before."""
+    """Yield the frames at ascending moments, of `count`. Raises BadImage if the video ends long before."""
     first, step = stream.start_time or 0, 1 / (rate * stream.time_base)  # in units of the time stamps
 
     def decoded(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:

@@ -1,11 +1,11 @@
 """Views: augmented versions of an image, each a pure function of a 64-bit key.
 
-The data workers change geometry (crop, resize, flip) image by image, because images differ in size. The device changes
-colours (`photometric`) for whole batches, where this is cheap; the random numbers for the colours are drawn here from
-the same key and are part of the batch. (seed, image, view number) therefore identifies a view, which can be made again
+The data workers change geometry (crop, resize, flip) image by image, because images differ in size. The device applies
+colour augmentation (`photometric`) to whole batches, where this is cheap; the random numbers for it are drawn here from
+the same key and are part of the batch. (seed, image, view number) therefore identifies a view, which can be recomputed
 at any time.
 
-`NamedViews` are the views of pre-training. timm's augmentations, at the end of the file, are functions of a key too.
+`NamedViews` are the views for pre-training. timm's augmentations, at the end of the file, are functions of a key too.
 
 B batch size, H and W height and width in pixels, u uniform numbers in [0, 1).
 """
@@ -34,7 +34,7 @@ from pecobook.utils.images import resize, to_float
 # Strengths of brightness, contrast, saturation, hue; whether to apply jitter, grey, blur, solarisation; blur width.
 NUM_COLOUR_DRAWS = 9
 _FLIP_DRAW = 40
-"""Number of the draw that decides on the flip, after those of ten attempts to place a crop."""
+"""Index of the draw that decides on the flip, after those of ten attempts to place a crop."""
 
 
 def crop_box(
@@ -98,10 +98,10 @@ def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:
 
 
 def shortest_side(view: Callable[..., Any]) -> int:
-    """Return the shorter side that large images must keep for a view function, pixels; 0 where it needs whole images.
+    """Return the shorter side, in pixels, that large images must keep for a view function; 0 if it needs whole images.
 
-    A random crop is then reduced to half of its side or less, and a central crop to a quarter, so that the reduction
-    changes few values of the view by more than a level.
+    A random crop is then scaled down to half its side or less, and a central crop to a quarter, so that the reduction
+    changes few values of the view by more than one level.
 
     Args:
         view: a method of an object with `image_size` and `min_crop`, such as `NamedViews`, or a partial of a function
@@ -129,7 +129,7 @@ def central_view(image: Tensor, view_key: int, *, size: int, share: float = 1.0)
 
 
 def colour_draws(view_key: int) -> Tensor:
-    """Draw the random numbers for the colours of one view: float32 (9,) in [0, 1)."""
+    """Draw the random numbers for the colour augmentation of one view: float32 (9,) in [0, 1)."""
     colour_key = key(view_key, 1)
     return torch.tensor([uniform(colour_key, number) for number in range(NUM_COLOUR_DRAWS)], dtype=torch.float32)
 
@@ -138,9 +138,9 @@ def colour_draws(view_key: int) -> Tensor:
 
 
 def photometric(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:
-    """Change the colours of each image by the image's random numbers.
+    """Apply colour augmentation to each image using its random numbers.
 
-    The order of the changes is fixed: brightness, contrast, saturation, hue, grey, blur, solarisation.
+    The order is fixed: brightness, contrast, saturation, hue, grey, blur, solarisation.
 
     Args:
         images: float (B, 3, H, W) in [0, 1].
@@ -232,15 +232,15 @@ class NamedViews:
     """The settings that define every view, and the functions that make one."""
 
     seed: int
-    """Seed of the crops and colour changes."""
+    """Seed of the crops and the colour augmentation."""
     image_size: int
-    """Side of the crops, pixels."""
+    """Side of the crops, in pixels."""
     tokenizer_size: int
-    """Side to which crops are resized for the tokenizer, pixels."""
+    """Side to which crops are resized for the tokenizer, in pixels."""
     min_crop: float
     """Smallest share of the image's area in a random crop, in (0, 1]."""
     colour: PhotometricConfig
-    """Strengths of the colour changes."""
+    """Strengths of the colour augmentation."""
 
     @classmethod
     def of(cls, config: Any) -> NamedViews:
@@ -268,7 +268,8 @@ class NamedViews:
         return {"image": center_crop(image, self.image_size), "colour": colour_draws(view_key)}
 
     def pixels(self, batch: Batch, *, training: bool) -> Tensor:
-        """Returns the input of ViT and tokenizer, float (B, 3, S, S) in [0, 1]; colours change in training only."""
+        """Returns the input of ViT and tokenizer, float (B, 3, S, S) in [0, 1]; colours are augmented only in
+        training."""
         images = to_float(batch["image"])
         return photometric(images, batch["colour"], self.colour) if training else images
 
@@ -321,8 +322,8 @@ def rand_augment(image: Tensor, policy: str, view_key: int) -> Tensor:
 def random_erasing(images: Tensor, probability: float) -> Tensor:
     """Fill one rectangle with noise in some of the normalised images (B, C, H, W), in place.
 
-    Random erasing is by Zhong et al., arXiv 1708.04896; as in timm's pixel mode, each pixel gets a noise value of its
-    own. torch's global generator gives the seed.
+    Random erasing is from Zhong et al., arXiv 1708.04896; as in timm's pixel mode, each pixel gets its own noise value.
+    torch's global generator provides the seed.
     """
     from timm.data.random_erasing import RandomErasing
 

@@ -1,6 +1,6 @@
-"""Looks at every image of both splits, in several processes, and lists what would be learned wrongly.
+"""Reads every image of both splits, in several processes, and lists what would be learned wrongly.
 
-The memory that is needed beside the source itself is 8 bytes for each image, for the comparison of files.
+The memory needed besides the source itself is 8 bytes per image, for comparing files.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Survey:
 
     Attributes:
         lines: (topic, text) lines, as of a training run but for every image.
-        problems: what would be learned wrongly, a text of one or more lines each.
-        figures: all numbers, for a program.
+        problems: what would be learned wrongly, as texts of one or more lines each.
+        figures: all numbers, for programs.
     """
 
     lines: Lines
@@ -94,7 +94,7 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
 
 
 def _values_text(census: Census) -> str:
-    """Return the values of the masks' pixels, or their number and range where there are many."""
+    """Return the values of the masks' pixels, or their number and range if there are many."""
     values = sorted(census.values)
     texts = (
         f"{len(values):,} values from {values[0]} to {values[-1]}"
@@ -154,7 +154,7 @@ class _Repeats:
 
 @dataclasses.dataclass
 class _Boxes:
-    """How many objects were compared with their masks, how many of them differ, and images of the first of these."""
+    """How many objects were compared with their masks, how many of them differ, and the first images of these."""
 
     compared: int = 0
     differing: int = 0
@@ -168,7 +168,7 @@ class _Boxes:
 
 
 def _compare_boxes(splits: Splits) -> _Boxes:
-    """Compare the boxes with the masks of the same objects, where there are both."""
+    """Compare the boxes with the masks of the same objects, if there are both."""
     found = _Boxes()
     sources = [part for part in (splits.train, splits.evaluation) if isinstance(part, DetectionSource)]
     for file in {id(source.annotations): source.annotations for source in sources}.values():

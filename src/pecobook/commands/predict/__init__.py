@@ -34,7 +34,7 @@ from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
 _MAX_NAME = 230
-"""Largest number of bytes of a name in the output folder; most file systems allow 255."""
+"""Largest number of bytes in a name in the output folder; most file systems allow 255."""
 
 
 def predict(config: PredictConfig) -> Path:
@@ -65,7 +65,7 @@ def predict(config: PredictConfig) -> Path:
 
 
 def _predict_all(config: PredictConfig, sources: Sources, writer: Writer, out: Path) -> str:
-    """Predict all images; returns a text on what was written. Raises DataError when no image can be read."""
+    """Predict all images; return a text on what was written. Raises DataError if no image can be read."""
     total, unit = sum(len(source) for source, _ in sources), sources[0][0].unit
     progress = Progress(total=total, start=0, name="predict", quiet=False)
     skipped: list[str] = []
@@ -98,7 +98,7 @@ def _predict_all(config: PredictConfig, sources: Sources, writer: Writer, out: P
 
 
 def file_name(name: str, used_names: set[str]) -> str:
-    """Return a relative path without extension for the files of an image, and add it to `used_names`.
+    """Return a relative path without extension for an image's files, and add it to `used_names`.
 
     The path stays inside the output folder. Of images whose names differ only in the extension, the first loses the
     extension and the others keep it. A folder such as "a.png" becomes "a_png", since a file may have that name. Very

@@ -30,10 +30,10 @@ _BATCH = 64
 
 
 class AttackedClassifier:
-    """A classifier of a run, restricted to the classes of the data, and its attacks.
+    """A run's classifier, restricted to the classes of the data, and its attacks.
 
     Raises:
-        PecobookError: the run is no classifier, or does not have the classes of the data.
+        PecobookError: the run is not a classifier, or lacks classes of the data.
     """
 
     def __init__(self, config: PredictConfig, classes: tuple[str, ...]) -> None:
@@ -49,7 +49,7 @@ class AttackedClassifier:
         return self.model(images)[:, self.columns]  # type: ignore[no-any-return]
 
     def hits(self, images: Tensor, labels: Tensor, settings: AttackConfig) -> dict[str, Tensor]:
-        """Return which images uint8 (B, 3, S, S) are classified rightly, bool (B,), by attack; `clean` is without."""
+        """Return which images uint8 (B, 3, S, S) are classified correctly, bool (B,), by attack; `clean` has none."""
         clean, truth = to_float(images.to(device())), labels.to(device())
         eps = settings.eps / 255
         step = settings.step / 255 or eps / settings.steps
@@ -62,7 +62,7 @@ class AttackedClassifier:
 
 
 def open_labelled(config: PredictConfig) -> tuple[AttackedClassifier, Splits]:
-    """Open the images and the classifier. Raises PecobookError when the attacks are impossible."""
+    """Open the images and the classifier. Raises PecobookError if the attacks are impossible."""
     splits = open_readable(config.images, config.value_range, [config.run])
     check_labels(splits, config.images)
     assert splits.train.classes is not None

@@ -1,4 +1,4 @@
-"""Opens what `predict` predicts: images of any source, or clips."""
+"""Opens the inputs of `predict`: images from any source, or clips."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pecobook.errors import DataError
 from pecobook.settings.images import ClipConfig
 
 Sources = list[tuple[ImageSource, str]]
-"""Sources, each with the text at the start of the names of its images that is to be removed."""
+"""Sources, each with the prefix of its image names that is to be removed."""
 
 
 def list_images(source: str) -> Sources:
     """Open all images of a file, a folder or another source, of every split.
 
     Raises:
-        DataError: the source does not exist or holds no image.
+        DataError: the source does not exist or contains no image.
     """
     import pyarrow as pa
 

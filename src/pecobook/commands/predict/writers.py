@@ -32,32 +32,32 @@ from pecobook.utils.files import write_atomically
 from pecobook.utils.images import encode_picture, to_pillow
 
 _NUM_BEST = 5
-"""Number of classes that are written for each image."""
+"""Number of classes written for each image."""
 _BATCH = 16
 """Largest number of images in a batch of the classifier."""
 _MAX_JPEG_SIDE = 65_500
-"""Longest side of a JPEG, pixels."""
+"""Longest side of a JPEG, in pixels."""
 _MAX_BYTES = 2**28
-"""A batch is classified early when the images that wait for it hold more bytes than this."""
+"""A batch is classified early if the images waiting for it take more bytes than this."""
 
 
 class Writer:
     """Predicts with one kind of model, and writes the predictions."""
 
     shortest = 0
-    """The shorter side that large images keep, pixels, see `decode`; 0 where the writer needs the whole image."""
+    """The shorter side, in pixels, that large images keep, see `decode`; 0 if the writer needs the whole image."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures, self.num_images = out, config.pictures, 0
 
     def sources(self, source: str) -> Sources:
-        """Open the images, or what else the model reads, of a source. Raises DataError."""
+        """Open the images, or whatever else the model reads, of a source. Raises DataError."""
         return list_images(source)
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Predict the image `name`, uint8 (3, H, W), or the frames (T, 3, H, W) of a clip, and write its files.
 
-        `file` is the relative path of these, without an extension. Raises BadImage where the network fails.
+        `file` is the relative path of these, without an extension. Raises BadImage if the network fails.
         """
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class ClassifierWriter(Writer):
     kind: type[Classifier] = Classifier
     unit = "images"
     view: Any = staticmethod(central_view)
-    """The view of the evaluation in the training, which says how far large images may be reduced."""
+    """The evaluation view from training, which says how far large images may be reduced."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         super().__init__(config, out)
@@ -117,7 +117,7 @@ class ClassifierWriter(Writer):
         self.num_images += 1
 
     def finish(self) -> str:
-        """Classify the images that still wait."""
+        """Classify the images that are still waiting."""
         if self.waiting:
             self._classify()
         return f"predictions.csv: {counted(self.num_images, self.unit)}."
@@ -152,7 +152,7 @@ class SegmenterWriter(Writer):
         self.pixel_counts = torch.zeros(len(self.model.classes), dtype=torch.int64)
 
     def add(self, name: str, file: str, image: Tensor) -> None:
-        """Segment an image at the size of the image."""
+        """Segment an image at its own size."""
         with _skip_failure(name):
             classes = self.model.predict(image, self.test)  # (H, W)
         self.pixel_counts += torch.bincount(classes.flatten(), minlength=len(self.pixel_counts))
@@ -253,7 +253,7 @@ def captioned(image: Tensor, text: str) -> Image.Image:
 
 @contextlib.contextmanager
 def _skip_failure(name: str) -> Iterator[None]:
-    """Raise BadImage where a network fails on one image, for example for want of memory; others may succeed."""
+    """Raise BadImage if a network fails on one image, for example for lack of memory; others may succeed."""
     try:
         yield
     except (RuntimeError, ValueError, MemoryError) as error:
@@ -274,7 +274,7 @@ def _as_json_list(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _save(picture: Image.Image, file: Path) -> None:
-    """Write a PNG, or a JPEG, reduced where a side exceeds what the format can hold."""
+    """Write a PNG or a JPEG, scaled down if a side exceeds what the format can hold."""
     if file.suffix != ".png" and max(picture.size) > _MAX_JPEG_SIDE:
         picture.thumbnail((_MAX_JPEG_SIDE, _MAX_JPEG_SIDE))
     file.parent.mkdir(parents=True, exist_ok=True)

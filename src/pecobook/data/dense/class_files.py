@@ -1,4 +1,4 @@
-"""Reads the names of classes, and their pixel values and colours, from the files that people and tools write.
+"""Reads class names, with their pixel values and colours, from the files that people and tools write.
 
 road                            a name on each line, in the order of the pixel values
 0 road, 0: road                 a pixel value and a name
@@ -46,11 +46,11 @@ class ClassFile(NamedTuple):
     values: tuple[int, ...] | None = None
     """Pixel value of each class; None if the file states none, so that they are 0, 1, 2, ..."""
     ignored: tuple[int, ...] = ()
-    """Pixel values that the format of the file declares to belong to no class."""
+    """Pixel values that the file's format assigns to no class."""
 
 
 def find_class_file(root: Path) -> Path | None:
-    """Return the file of classes in the folder of a data set, or None; upper and lower case do not matter.
+    """Return the class file in a data set's folder, or None; case does not matter.
 
     An archive may have added one more folder around the data set.
     """
@@ -66,7 +66,7 @@ def find_class_file(root: Path) -> Path | None:
 
 
 def read_classes(path: Path) -> ClassFile:
-    """Read a file of classes in one of the forms above.
+    """Read a class file in one of the forms above.
 
     Raises:
         ConfigError: the file cannot be read, a line is blank, or lines have different forms.
@@ -114,7 +114,7 @@ def _from_json(path: Path, text: str) -> ClassFile:
 
 
 def _from_table(path: Path, lines: list[str]) -> ClassFile | None:
-    """Read a table with a header; return None if the first line is no header."""
+    """Read a table with a header; return None if the first line is not a header."""
     if lines and lines[0].lower().split()[:2] == ["idx", "ratio"]:  # ADE20K's own; names hold spaces and commas
         lines = ["\t".join(line.split(None, 5)) for line in lines]
     delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), None)
@@ -143,7 +143,7 @@ def _from_table(path: Path, lines: list[str]) -> ClassFile | None:
 
 
 def _from_lines(path: Path, lines: list[str]) -> ClassFile:
-    """Read a class on each line."""
+    """Read one class per line."""
     lines = [
         re.sub(r"#([0-9a-fA-F]{6})\b", lambda match: " ".join(map(str, bytes.fromhex(match[1]))), line)
         for line in lines

@@ -1,4 +1,4 @@
-"""Reads a file of annotations in COCO's format, checks it, and packs it into arrays.
+"""Reads an annotation file in COCO's format, checks it, and packs it into arrays.
 
 All problems are collected as text, so that the user sees them together.
 """
@@ -56,11 +56,11 @@ class Findings:
 
 
 def read_annotations(file: Path, folders: Sequence[Path], findings: Findings, *, masks: bool) -> Annotations | None:
-    """Read a file of annotations; return None if the file cannot be used at all.
+    """Read an annotation file; return None if the file cannot be used at all.
 
     Args:
         file: JSON in COCO's format.
-        folders: folders in which the images may lie; the one that holds most of them is taken.
+        folders: folders that may contain the images; the one that contains most of them is used.
         findings: problems are added here. An image or object with a problem is left out of the result.
         masks: whether to read masks; if False, masks are not checked.
     """
@@ -153,7 +153,7 @@ class _Reader:
             self.findings.notes.append(Note(text, "lost labels"))
 
     def _check_conventions(self, annotations: Annotations) -> None:
-        """Report boxes and masks that follow another convention than COCO's."""
+        """Report boxes and masks that follow a convention other than COCO's."""
         table = np.array(self.boxes).reshape(-1, 6)
         boxes, sizes = table[:, :4], table[:, 4:]
         comparison, fault = compare_boxes(annotations), diagnose_boxes(boxes, sizes)

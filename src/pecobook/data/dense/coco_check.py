@@ -1,4 +1,4 @@
-"""Finds boxes and masks that were written by another convention than COCO's, which no single object shows.
+"""Finds boxes and masks written in a convention other than COCO's, which no single object reveals.
 
 COCO's boxes are x, y, width and height in pixels, and its run lengths go down the columns.
 """
@@ -33,7 +33,7 @@ _CAUSES = {
 
 
 def _readings(boxes: Floats) -> dict[str, Floats]:
-    """Return boxes (n, 4) as x, y, width and height, for each other way to read the four numbers."""
+    """Return boxes (n, 4) as x, y, width and height, for each other way of reading the four numbers."""
     first, second = boxes[:, :2], boxes[:, 2:]
     return {
         "corners": np.c_[first, second - first],
@@ -159,7 +159,7 @@ def _fits(boxes: Floats, others: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _are_by_rows(pairs: Sequence[tuple[Any, Sequence[int]]]) -> bool:
-    """Return whether most masks of run lengths are far more compact if their runs go along the rows.
+    """Return whether most run-length masks are far more compact if their runs go along the rows.
 
     Read in the wrong direction, they spread over the whole side; in square images both boxes have the same area.
     """

@@ -1,4 +1,4 @@
-"""Finds the files of annotations and of images of a data set in COCO's format, in the layouts that tools write."""
+"""Finds the annotation and image files of a data set in COCO's format, in the layouts that tools write."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "panoptic_", "s
 _SAMPLE = 50
 
 AnnotationFiles = dict[str, list[tuple[Path, list[Path]]]]
-"""Split -> its files of annotations, each with the folders in which its images may lie."""
+"""Split -> its annotation files, each with the folders that may contain its images."""
 _Found = Iterator[tuple[str, Path, list[Path]]]
 
 
 def find_annotations(root: Path) -> AnnotationFiles:
-    """Find the files of annotations of a data set; an archive may have added one more folder around it."""
+    """Find a data set's annotation files; an archive may have added one more folder around it."""
     for folder in dict.fromkeys((root, inside_wrapper(root))):
         for find in (_in_split_folders, _in_annotations, _at_the_top):
             found: AnnotationFiles = {}
@@ -44,7 +44,7 @@ def stray_annotations(root: Path) -> Path | None:
 
 
 def other_format(root: Path) -> str:
-    """Return the format of annotations that are not read, but that lie in a folder; empty if there are none."""
+    """Return the format of annotations in a folder that are not supported; empty if there are none."""
     folders = [(Path(top), names) for top, _, names in itertools.islice(os.walk(root), _SAMPLE)]
     if any("annotations.xml" in names for _, names in folders):
         return "CVAT's XML (CVAT also exports COCO 1.0)"
@@ -86,7 +86,7 @@ def _in_annotations(root: Path) -> _Found:
 
 
 def _at_the_top(root: Path) -> _Found:
-    """Find one file beside the images, or train.json and val.json."""
+    """Find one file next to the images, or train.json and val.json."""
     files = _known_files(root)
     named = [] if files else [(split, file) for file in _json_files(root) if (split := split_of_name(file.stem))]
     yield from ((split, file, _folders_of_split(root, file.stem, split)) for split, file in named)
@@ -111,7 +111,7 @@ def _known_files(folder: Path) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Return the files of annotations in a folder; one with another name is taken if no other JSON file is COCO's."""
+    """Return the annotation files in a folder; one with another name is used if no other JSON file is COCO's."""
     others = _json_files(folder)
     others = others if len(others) == 1 else [file for file in others[:_SAMPLE] if looks_like_coco(file)]
     return _known_files(folder) or (others if len(others) == 1 else [])
@@ -130,7 +130,7 @@ def _image_folders(folder: Path) -> list[Path]:
 
 
 def _folders_of_split(root: Path, name: str, split: str) -> list[Path]:
-    """Return the folders in which the images of a split may lie: NAME/, images/NAME/, images/train/, images/, ..."""
+    """Return the folders that may contain a split's images: NAME/, images/NAME/, images/train/, images/, ..."""
     parents = [root, *(path for path in _image_folders(root) if path != root)]
     inner = [path for parent in parents for path in _folders(parent)]
     folders = [path for path in inner if path.name == name]
@@ -151,7 +151,7 @@ def count_unnamed(named: set[Path]) -> int:
 
 
 def file_name(image: Any) -> str:
-    """Return the name of an image's file in its entry; LVIS states only the address, which ends with it."""
+    """Return the name of an image's file in its entry; LVIS states only the URL, which ends with it."""
     if not isinstance(image, dict):
         return ""
     name, address = image.get("file_name"), image.get("coco_url")
@@ -161,14 +161,14 @@ def file_name(image: Any) -> str:
 
 
 def _below(root: Path, split: str | None) -> Iterator[Path]:
-    """Yield the folders below a root, some thousand at most, without those that declare another split."""
+    """Yield up to a few thousand folders below a root, without those that declare another split."""
     for top, _, _ in itertools.islice(os.walk(root), 1000):
         if split is None or split_of_path(os.path.relpath(top, root)) in (None, split):
             yield Path(top)
 
 
 def _spellings(name: str) -> Iterable[str]:
-    """Return a name as it stands and as other systems write it: web addresses, accents, Label Studio's uploads."""
+    """Return a name as it is and as other systems write it: URLs, accents, Label Studio's uploads."""
     address = name.partition("?d=")[2] or (name.partition("?")[0] if "://" in name else name)
     plain = unquote(address)
     uploaded = re.sub(r"(^|[/\\])[0-9a-f]{8}-(?=[^/\\]+$)", r"\1", plain)  # Label Studio's mark of an upload
@@ -177,12 +177,12 @@ def _spellings(name: str) -> Iterable[str]:
 
 
 def _folded(path: str) -> str:
-    """Return the name of a file without what other systems change: upper case and spaces."""
+    """Return a file name without what other systems change: upper case and spaces."""
     return Path(path).name.lower().replace(" ", "_")
 
 
 class ImageFiles:
-    """The image files that a file of annotations names.
+    """The image files that an annotation file names.
 
     Attributes:
         root: folder of the images.
@@ -205,7 +205,7 @@ class ImageFiles:
     def find(self, name: str) -> str:
         """Return the path of an image relative to `root`.
 
-        A name may have backslashes, and leading folders that are not there, as of the machine that wrote the file.
+        A name may have backslashes, and leading folders that do not exist here, as on the machine that wrote it.
 
         Raises:
             UnusableError: there is no such file, or another image of the annotations has the same one.

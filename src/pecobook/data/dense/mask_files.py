@@ -1,8 +1,8 @@
 """Decodes a mask file to numbers, or to the indices of colours.
 
-Grey files of fewer than 8 bits are ambiguous. The samples of a 1-bit file are 0 and 1, and so may be its class numbers.
-But a program that saves small files writes a mask of 0 and 255 so as well, since white is 255 in 8 bits: the numbers
-are then stretched. `Pixels.top` tells such files apart, and segmentation_check.py decides for the whole data set.
+Grey files with fewer than 8 bits are ambiguous. The samples of a 1-bit file are 0 and 1, and so may be its class
+numbers. But a program that saves small files writes a mask of 0 and 255 in this way too, since white is 255 in 8 bits:
+the numbers are then stretched. `Pixels.top` tells such files apart; segmentation_check.py decides for the data set.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pixels:
     numbers: npt.NDArray[np.int64] | None
     """(H, W), 0 to `UNLISTED`; None for a colour picture."""
     colours: npt.NDArray[np.uint8]
-    """(H, W, 3), what the picture shows; (H, W, 0) if it was not asked for."""
+    """(H, W, 3), the colours shown; (H, W, 0) if they were not requested."""
     top: int
     """The largest number that a grey file of its kind can hold: 1, 3 or 15 for 1, 2 or 4 bits; else 255 or more."""
     palette: tuple[int, ...] | None = None
@@ -67,7 +67,7 @@ def read_pixels(data: bytes, *, name: str, colours: bool = False) -> Pixels:
         colours: read the colours too. Without them a colour picture is invalid.
 
     Raises:
-        InvalidMask: the file is a picture, but no mask.
+        InvalidMask: the file is a picture, but not a mask.
         BadImage: the bytes are not an image.
     """
     from PIL import Image, UnidentifiedImageError
@@ -122,7 +122,7 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
 
 
 def _from_numpy(data: bytes, name: str, colours: bool) -> Pixels:
-    """Read the numbers of a NumPy file, which has a picture of grey only."""
+    """Read the numbers of a NumPy file that has a single grey channel."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""Decides what the pixels of all masks of a data set mean, where a single mask does not show it."""
+"""Decides what the pixels of a data set's masks mean, if a single mask does not show it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MaskReport:
         return self.stretched() if meaning.stretched else self.numbers or {}
 
     def stretched(self) -> dict[int, int]:
-        """Return the counts of the numbers, where those of a file of few bits stand for 0 to 255."""
+        """Return the counts of the numbers, with those of a file with few bits stretched to 0 to 255."""
         factor = 255 // self.top if self.is_shallow else 1
         return {number * factor: count for number, count in (self.numbers or {}).items()}
 
@@ -97,7 +97,7 @@ def settle_meaning(
 
 
 def _are_numbers(meaning: MaskClasses, reports: Iterable[MaskReport]) -> bool:
-    """Return whether most masks do not fit the listed colours, but all are pictures of the numbers of classes."""
+    """Return whether most masks do not match the listed colours, but all are pictures of class numbers."""
     allowed = {*meaning.values, *meaning.ignored}
     num_fitting = total = 0
     for report in reports:
@@ -109,7 +109,7 @@ def _are_numbers(meaning: MaskClasses, reports: Iterable[MaskReport]) -> bool:
 
 
 def _is_stretched(name: str, meaning: MaskClasses, reports: Sequence[MaskReport]) -> bool:
-    """Return whether grey files of fewer than 8 bits stand for 0 to 255, as the other masks and the classes show."""
+    """Return whether grey files with fewer than 8 bits stand for 0 to 255, as the other masks and the classes show."""
     shallow = [report for report in reports if report.is_shallow]
     stored = {number for report in shallow for number in report.numbers or {}} - {0}
     stretched = {number for report in shallow for number in report.stretched()} - {0}

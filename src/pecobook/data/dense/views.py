@@ -1,9 +1,9 @@
 """Views for detection and segmentation: an image and its objects, or its mask, moved together.
 
-A view of detection is one map from the pixels of the result to those of the image, so boxes and masks always fit the
-image: resized, flipped, cropped and padded. The training view of segmentation is that of the paper's supplement (as
-mmsegmentation's): scaled by 0.5 to 2 against the size of the test, cropped so that no class fills more than three
-quarters, flipped; colours are changed on the device.
+A detection view is a single map from the pixels of the result to those of the image, so boxes and masks always fit the
+image: resized, flipped, cropped and padded. The training view for segmentation is that of the paper's supplement (as in
+mmsegmentation): scaled by 0.5 to 2 relative to the test size, cropped so that no class fills more than three quarters,
+flipped; colours are augmented on the device.
 
 n objects, H W of the image, h w of the view; boxes are left, top, right, bottom in pixels.
 """
@@ -30,7 +30,7 @@ _LEAST_SIDE = 1.0  # of an object that is left in a view, pixels
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Resize to (height, width), flip, cut out a square of side `canvas` that begins at (top, left), pad it."""
+    """Resize to (height, width), flip, cut out a square of side `canvas` that starts at (top, left), pad it."""
 
     height: int
     width: int
@@ -42,7 +42,7 @@ class Geometry:
 
     @property
     def shown(self) -> tuple[int, int]:
-        """Height and width of what is left of the image."""
+        """Height and width of the visible part of the image."""
         if not self.canvas:
             return self.height, self.width
         return min(self.height - self.top, self.canvas), min(self.width - self.left, self.canvas)
@@ -58,15 +58,15 @@ def random_geometry(
     jitter: tuple[float, ...],
     canvas: int,
 ) -> Geometry:
-    """A view of training: flipped in half of all cases, at one of the scales or jittered on a canvas.
+    """A training view: flipped in half of all cases, at one of the scales or jittered on a canvas.
 
     Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
+        height: height of the image, in pixels.
+        width: width of the image, in pixels.
         view_key: everything random follows from it.
         scales: lengths of the short side, one of which is drawn.
         max_size: longest side.
-        jitter: smallest and largest share of the canvas that the image is scaled to; empty for `scales`.
+        jitter: smallest and largest fraction of the canvas that the image is scaled to; empty for `scales`.
         canvas: side of the canvas.
     """
     u = uniforms(view_key, 5)
@@ -97,7 +97,7 @@ def _on_canvas(image: Tensor, side: int) -> Tensor:
 
 
 def move_masks(masks: Tensor, geometry: Geometry) -> Tensor:
-    """uint8 (n, H, W) to uint8 (n, h, w): each pixel is that of the image at its centre."""
+    """uint8 (n, H, W) to uint8 (n, h, w): each pixel takes the image's value at its centre."""
     (height, width), canvas = geometry.shown, geometry.canvas
     rows, columns = torch.arange(height) + geometry.top, torch.arange(width) + geometry.left
     columns = geometry.width - 1 - columns if geometry.flip else columns
@@ -127,7 +127,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def view_objects(objects: Objects, geometry: Geometry) -> dict[str, Tensor]:
-    """Boxes float32 (n, 4), labels int64 (n,) and, if there are any, masks uint8 (n, h, w), of what is left to see."""
+    """Boxes float32 (n, 4), labels int64 (n,) and, if there are any, masks uint8 (n, h, w) of the visible objects."""
     boxes = move_boxes(objects.boxes, objects.size, geometry)
     kept = (boxes[:, 2:] - boxes[:, :2] >= _LEAST_SIDE).all(1)
     if objects.segments is None:
@@ -153,7 +153,7 @@ def detection_view(
     jitter: tuple[float, ...] = (),
     canvas: int = 0,
 ) -> dict[str, Any]:
-    """Image, boxes, labels and masks of a random view, each in a list of its own: they differ in shape."""
+    """Image, boxes, labels and masks of a random view, each in its own list: they differ in shape."""
     geometry = random_geometry(*objects.size, view_key, scales=scales, max_size=max_size, jitter=jitter, canvas=canvas)
     found = view_objects(objects, geometry)
     return {"images": [move_image(image, geometry)], **{name: [value] for name, value in found.items()}}
@@ -167,7 +167,7 @@ def detection_test_view(
     short: int,
     long: int,
 ) -> dict[str, Any]:
-    """The image resized, in a list, and its own height and width, int64 (2,)."""
+    """The resized image, in a list, and its original height and width, int64 (2,)."""
     height, width = objects.size
     return {"images": [resize(image, *fitted_size(height, width, short, long))], "size": torch.tensor([height, width])}
 
@@ -180,19 +180,19 @@ _TRIES = 10
 def segmentation_view(
     image: Tensor, mask: Tensor, view_key: int, *, size: int, most: int, scales: tuple[float, float], max_share: float
 ) -> dict[str, Tensor]:
-    """A square of an image and of its mask.
+    """A square crop of an image and of its mask.
 
     Args:
         image: uint8 (3, H, W).
         mask: int16 (H, W), `IGNORE` where no class counts.
-        view_key: names the view.
-        size: side of the square, pixels.
-        most: long side of the test's image, pixels.
-        scales: least and largest factor beside the test's.
-        max_share: most of a crop that one class may fill; ten places are tried.
+        view_key: identifies the view.
+        size: side of the square, in pixels.
+        most: long side of the test image, in pixels.
+        scales: smallest and largest factor relative to the test size.
+        max_share: largest share of a crop that one class may fill; ten places are tried.
 
     Returns:
-        image uint8 (3, size, size), grey where the image ends; mask int16 (size, size); colour float (9,).
+        image uint8 (3, size, size), grey beyond the image; mask int16 (size, size); colour float (9,).
     """
     u = uniforms(key(view_key, 4), 2 + 2 * _TRIES)
     height, width = mask.shape
@@ -216,7 +216,7 @@ def segmentation_view(
 
 
 def _is_varied(region: Tensor, max_share: float) -> bool:
-    """Whether no class fills more than `max_share` of what counts."""
+    """Return whether no class fills more than `max_share` of the counted pixels."""
     counts = torch.bincount(region.flatten().to(torch.int64) - IGNORE)[1:]  # without IGNORE
     return int((counts > 0).sum()) > 1 and float(counts.max() / counts.sum()) < max_share
 
