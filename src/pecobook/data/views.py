@@ -268,8 +268,7 @@ class NamedViews:
         return {"image": center_crop(image, self.image_size), "colour": colour_draws(view_key)}
 
     def pixels(self, batch: Batch, *, training: bool) -> Tensor:
-        """Returns the input of ViT and tokenizer, float (B, 3, S, S) in [0, 1]; colours are augmented only in
-        training."""
+        """Returns the input of ViT and tokenizer, float (B, 3, S, S) in [0, 1]; colours change in training only."""
         images = to_float(batch["image"])
         return photometric(images, batch["colour"], self.colour) if training else images
 
