@@ -1,8 +1,8 @@
-"""The command line. A command imports torch and other large libraries only after its flags were checked.
+"""The command line. A command imports torch and other large libraries only after its flags have been checked.
 
-`commands.table` lists the commands. Flags, Python keywords and config.json all set values by
-`pecobook.settings.values.replace`, so they have equal names and errors; `help` writes the help pages from the
-explanations of the settings.
+`commands.table` lists the commands. Flags, Python keywords and config.json all set values through
+`pecobook.settings.values.replace`, so they have the same names and errors; `help` writes the help pages from the
+settings' docstrings.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _hide_warnings() -> None:
-    """Hide warnings of libraries, of several lines each, that a user can do nothing about."""
+    """Hide library warnings, several lines each, that a user can do nothing about."""
     # timm's interpolation of tables of relative positions, for another image size, uses what PyTorch will remove.
     warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
     # A file of weights that another version of pickle wrote is read all the same, or refused with an error.
@@ -115,7 +115,7 @@ _REMEDIES = {
 
 
 def _print_os_error(error: OSError, *, resumes: bool) -> None:
-    """Print an error of the operating system as a sentence with the path and the remedy."""
+    """Print an operating system error as a sentence with the path and the remedy."""
     reason = (error.strerror or str(error)).rstrip(".")
     path = f"'{os.fsdecode(error.filename)}' cannot be used: " if error.filename else ""
     show(f"pecobook: {printable(path)}{reason[:1].lower()}{reason[1:]}.")
@@ -124,7 +124,7 @@ def _print_os_error(error: OSError, *, resumes: bool) -> None:
 
 
 def _stdout_is_closed() -> bool:
-    """Return whether the reader of standard output has ended, as after `pecobook recipes | head -1`."""
+    """Return whether the reader of standard output has gone, as after `pecobook recipes | head -1`."""
     try:
         show("", stdout=True)
     except BrokenPipeError:
@@ -133,7 +133,7 @@ def _stdout_is_closed() -> bool:
 
 
 def _print_error(error: PecobookError) -> None:
-    """Print an error: once where all ranks have it, with the number of the rank where one rank alone may have it."""
+    """Print an error: once if all ranks have it, with the rank's number if one rank alone may have it."""
     distributed = sys.modules.get("torch.distributed")  # not imported here: a distributed run has imported it already
     initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
     rank = distributed.get_rank() if distributed is not None and initialized else printing_rank()
@@ -275,7 +275,7 @@ def _settings(command: str, args: list[str]) -> Any:
 
 
 def _check_task(config_type: Any, word: str) -> None:
-    """Raise ConfigError if the first word after `check` is no command that it knows."""
+    """Raise ConfigError if the first word after `check` is not a command that it knows."""
     tasks = [name for name in get_args(flags(config_type)["task"]) if name != "auto"]
     if word not in tasks:
         hint = f" For a path give --data '{word}'." if Path(word).exists() else did_you_mean(word, tasks)
@@ -285,7 +285,7 @@ def _check_task(config_type: Any, word: str) -> None:
 
 
 def _recipe_name(args: list[str]) -> str:
-    """Return the recipe that the first word or the file of --config names; else the default, or "" for a file."""
+    """Return the recipe named by the first word or the file of --config; otherwise the default, or "" for a file."""
     if args and not args[0].startswith("-"):
         return args[0]
     files = read_flags(args, {"config": str}, "", [])

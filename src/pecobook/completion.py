@@ -1,6 +1,6 @@
-"""`pecobook completion SHELL`: a script with which bash, zsh or fish completes commands, recipes, flags and choices.
+"""`pecobook completion SHELL`: a script for bash, zsh or fish that completes commands, recipes, flags and choices.
 
-The script contains all names of this version, from the settings, so that pressing Tab starts no Python.
+The script contains all names of this version, from the settings, so that pressing Tab does not start Python.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Flag(NamedTuple):
 
     explanation: str
     choices: tuple[str, ...] = ()
-    """Values that the flag takes; empty where any text, number or file may follow."""
+    """Values that the flag takes; empty if any text, number or file may follow."""
     takes_value: bool = True
 
 
 class Names(NamedTuple):
-    """Words that are no flags, at a position of the command line: 2 is the first position after the command."""
+    """Words that are not flags, by position on the command line: 2 is the first position after the command."""
 
     position: int
     explanations: Mapping[str, str]
     repeats: bool = False
     """Whether all further positions take these words too."""
     after: str = ""
-    """The word that must stand directly before; empty allows every word."""
+    """The word that must come directly before; empty allows every word."""
 
 
 def script(shell: str, commands: Mapping[str, str]) -> str:
@@ -141,7 +141,7 @@ def _bash(commands: Mapping[str, str]) -> str:
 
 
 def _fill(template: str, commands: Mapping[str, str], words: str, listed: Callable[[Mapping[str, str]], str]) -> str:
-    """Return the template of bash or zsh with a branch for each command.
+    """Return the bash or zsh template with a branch for each command.
 
     Args:
         template: the script, with `@cases@` and `@commands@`.

@@ -1,4 +1,4 @@
-"""`pecobook COMMAND --help` on one screen, from the explanations of the settings; `--help-all` shows every flag."""
+"""`pecobook COMMAND --help` on one screen, from the settings' docstrings; `--help-all` shows every flag."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def page(command: str, config: Any, recipe: str = "") -> str:
 
 
 def every_flag(command: str, config: Any, recipe: str = "") -> str:
-    """Return the long help of a command: all flags by group, with explanation and default. Arguments as of `page`."""
+    """Return the long help of a command: all flags by group, with explanation and default. Arguments as for `page`."""
     lines = [*_usage(command, config), "", f"defaults of recipe {recipe}" if recipe else "defaults in brackets"]
     texts, group = explanations(type(config)), ""
     for name, kind in sorted(flags(type(config)).items(), key=lambda pair: pair[0].count(".")):
@@ -57,7 +57,7 @@ def every_flag(command: str, config: Any, recipe: str = "") -> str:
 
 
 def _usage(command: str, config: Any) -> list[str]:
-    """Return the lines with the usage of a command and the first explanation of its settings."""
+    """Return the lines with a command's usage and its settings' docstring."""
     usage = f"usage: pecobook {command} {COMMANDS[command].usage} [--flag\N{NO-BREAK SPACE}value\N{NO-BREAK SPACE}...]"
     return [
         _wrapped(usage, "    ", first="").replace("\N{NO-BREAK SPACE}", " "),
@@ -72,7 +72,7 @@ def _wrapped(text: str, indent: str, first: str | None = None) -> str:
 
 
 def default_of(value: Any, kind: Any) -> str:
-    """Return the default and the other choices in brackets, or an empty text for a default of nothing."""
+    """Return the default and the other choices in brackets, or an empty string if the default is nothing."""
     if typing.get_origin(kind) is Literal:
         return f" ({value}; or {', '.join(str(choice) for choice in typing.get_args(kind) if choice != value)})"
     if value is False or value in ("", ()):
@@ -93,7 +93,7 @@ def first_sentence(text: str) -> str:
 
 
 def explanations(config_type: type[Any], prefix: str = "") -> dict[str, str]:
-    """Return the explanation under each field of a settings class by the name of its flag; nested flags have dots."""
+    """Return the docstring under each field of a settings class, keyed by its flag; nested flags have dots."""
     texts: dict[str, str] = {}
     for base in reversed(config_type.__mro__[:-1]):
         texts |= {prefix + name: text for name, text in _explanations_in(base).items()}
@@ -105,7 +105,7 @@ def explanations(config_type: type[Any], prefix: str = "") -> dict[str, str]:
 
 @functools.cache
 def _explanations_in(kind: type[Any]) -> dict[str, str]:
-    """Return the explanations in the source of a class, without the explanations in its base classes."""
+    """Return the docstrings in the source of a class, without those of its base classes."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}

@@ -209,11 +209,11 @@ def atlas_picture(atlas: Atlas) -> bytes:
 
 
 def as_json(atlas: Atlas) -> dict[str, Any]:
-    """Return what a page shows beside the sprite, as lists with one entry a codeword; the names of the keys are short.
+    """Return what a page shows next to the sprite, as lists with one entry per codeword; the keys are short.
 
     `place` is the mean row and column of the patches in percent of the image, and `bound` the percentage of patches at
-    the most frequent position. `class` is an index of `classes`, the shares of the class in the codeword's images and
-    in all images in percent, and its lift; empty where there is none.
+    the most frequent position. `class` is an index into `classes`, the shares of the class in the codeword's images and
+    in all images in percent, and its lift; empty if there is none.
     """
     h, w = atlas.positions.shape[1:]
     counts = np.maximum(atlas.counts, 1)

@@ -208,7 +208,7 @@ def wilson_interval(accuracy: float, number: int, *, errors: float = 1.96) -> tu
 
 
 class _Features:
-    """Features (N, D), of which rows are converted to float32 when they are read."""
+    """Features (N, D), whose rows are converted to float32 when they are read."""
 
     def __init__(self, values: Array) -> None:
         self._values = values.detach() if isinstance(values, Tensor) else values

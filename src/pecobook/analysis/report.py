@@ -41,7 +41,7 @@ class Picture:
     pixels: int | None = None
     """Width in CSS pixels; by default half of the picture's width, because figures have a high resolution."""
     tiles: Mapping[str, Any] | None = field(default=None, repr=False)
-    """What `atlas.js` shows of the tiles of which the picture consists, as `atlas.as_json` returns it."""
+    """What `atlas.js` shows of the tiles that make up the picture, as returned by `atlas.as_json`."""
 
     @property
     def format(self) -> str:

@@ -221,9 +221,9 @@ def _seen_instead(left_out: Counter[str]) -> str:
 def walk(root: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> Listing:
     """List a folder and its subfolders by file names alone, without opening a file or reading its size.
 
-    Links to files count as files. Links to folders are followed after all other folders, unless the folder was listed
-    already, so a circle of links ends. Files with one of the `extensions` count as images. Arrays (.npy) are images
-    only where there are no others, because beside images they mostly hold masks or features.
+    Links to files count as files. Links to folders are followed after all other folders, unless the folder was already
+    listed, so a circle of links ends. Files with one of the `extensions` count as images. Arrays (.npy) are images only
+    if there are no others, because next to images they mostly contain masks or features.
     """
     listing, arrays, wanted = Listing(), ImageNames(), {extension.encode() for extension in extensions}
     top = os.fsencode(root)
@@ -330,7 +330,7 @@ def _reason_for_extension(extension: bytes) -> str:
 
 
 def _note_on_empty_classes(layout: Layout, listing: Listing) -> list[str]:
-    """Return a note that names the folders without an image beside class folders, if there are any."""
+    """Return a note that names the folders without an image next to class folders, if there are any."""
     named = zip(listing.groups, layout.class_of, strict=True)
     parents = {group[: group.index(name)] for group, name in named if name}
     empty = sorted("/".join(folder) for folder in listing.without_images if folder[:-1] in parents)

@@ -132,7 +132,7 @@ class _Level:
         return split_folders(self.children)
 
     def check(self, source: str, splits: dict[str, str]) -> None:
-        """Raise DataError if folders that have the names of splits may be classes, like those beside them."""
+        """Raise DataError if folders with split names may be classes, like their neighbours."""
         others = self.children.keys() - splits.keys()
         if splits and len(others) > 1 and not any(self.children.values()):
             raise DataError(
@@ -158,7 +158,7 @@ def _mask_folders(folders: Sequence[Folder]) -> set[int]:
 
 
 def _is_mask_of(name: str, names: set[str]) -> bool:
-    """Return whether a folder holds the masks of a folder beside it, given the names of all of them."""
+    """Return whether a folder contains the masks of a neighbouring folder, given the names of all of them."""
     if name in _MASKS:
         images = IMAGE_FOLDERS | {"data"}  # "data" beside masks alone: FiftyOne
         return names <= images | _MASKS and bool(names & images)
@@ -175,7 +175,7 @@ def _split_and_kind(name: str) -> tuple[str, str]:
 
 
 def _wrappers(folders: Iterable[Folder], start: int = 0) -> list[str]:
-    """Return the names of the folders below depth `start` that have no image and no other folder beside them."""
+    """Return the names of the folders below depth `start` that have no image and no other folder next to them."""
     remaining, names = list(folders), list[str]()
     while remaining:
         tops = {_at(folder, start + len(names)) for folder in remaining}

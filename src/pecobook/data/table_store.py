@@ -21,7 +21,7 @@ class TableStore(Store):
 
     Args:
         images: a `datasets.Dataset` with a single column: binary, {bytes, path}, or paths as text. A relative path is
-            looked up beside the file that holds the row.
+            looked up next to the file that contains the row.
         column: the name of the column.
         files: (name, number of rows) of the files that hold the rows, in order.
         identity: text that identifies the table; it goes into the fingerprint.
@@ -89,7 +89,7 @@ class TableStore(Store):
 
 
 def store_of_column(table: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> TableStore:
-    """Return the images of a column, whose encoded bytes are left as they are."""
+    """Return the images of a column; the encoded bytes are left as they are."""
     from datasets import Image
 
     images = table.select_columns([column])
@@ -99,7 +99,7 @@ def store_of_column(table: Any, column: str, files: Sequence[tuple[str, int]], i
 
 
 def _field(column: Any, name: str) -> Any:
-    """Return a field of a column of {bytes, path}, or None where there is none."""
+    """Return a field of a column of {bytes, path}, or None if there is none."""
     import pyarrow.compute as pc
 
     return pc.struct_field(column, name) if column.type.get_field_index(name) >= 0 else None
@@ -131,7 +131,7 @@ def paths_in_rows(column: Any, rows: Integers) -> Iterator[tuple[int, str]]:
 
 
 def file_of_path(folder: Path, path: str) -> Path:
-    """Return the file of a path in a table that lies in `folder`; the path may be another machine's, or Windows's."""
+    """Return the file of a path in a table in `folder`; the path may come from another machine, or from Windows."""
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")][-20:]
     candidates = (folder / path, *(folder.joinpath(*parts[start:]) for start in range(len(parts))))
     with contextlib.suppress(OSError):  # a name that is too long
@@ -140,7 +140,7 @@ def file_of_path(folder: Path, path: str) -> Path:
 
 
 def differences(files: list[Path], schemas: list[Any], columns: list[str]) -> str:
-    """Return a sentence on a column that does not have the same type in all files; an empty text if there is none."""
+    """Return a sentence on a column whose type differs between files; an empty string if there is none."""
     for name in columns:
         for file, schema in zip(files, schemas, strict=True):
             first, kind = schemas[0].field(name).type, schema.field(name).type
@@ -150,7 +150,7 @@ def differences(files: list[Path], schemas: list[Any], columns: list[str]) -> st
 
 
 def damage(files: list[Path], columns: list[str]) -> str:
-    """Return a sentence that names the first file that cannot be read to its end; an empty text if there is none."""
+    """Return a sentence that names the first file that cannot be read to its end; an empty string if there is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -39,18 +39,18 @@ from pecobook.utils.printer import say
 
 _TEXTS = ("string", "large_string", "string_view")
 _LARGE = 2**30
-"""Bytes of files whose copy is announced."""
+"""Size of files, in bytes, from which the copy is announced."""
 _BATCH = 10_000
-"""Rows of a batch of the copy: each batch takes 2 kB of every process, and `datasets` alone makes one of 100 images."""
+"""Rows per batch of the copy: each takes 2 kB in every process, and `datasets` alone makes one per 100 images."""
 
 
 def parquet_contents(source: str, files: list[Path], root: Path | None = None) -> Contents:
     """Return the splits of parquet files with a column `image` and optionally `label`.
 
     An image is {bytes, path}, binary, or the path of an image file. The class names come from the Hugging Face metadata
-    of the schema, else from the lines of a `classes.txt` next to the first file; otherwise the sorted label values are
-    the names. The names of the files and of their folders declare splits. A single file is the training set whatever
-    its name is, and 10% of its images are held out.
+    of the schema, or else from the lines of a `classes.txt` next to the first file; otherwise the sorted label values
+    are the names. The names of the files and of their folders declare splits. A single file is the training set
+    whatever its name is, and 10% of its images are held out.
 
     Raises:
         DataError: a file cannot be read or has no image column.
@@ -91,10 +91,10 @@ def parquet_contents(source: str, files: list[Path], root: Path | None = None) -
 
 
 def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[list[str], str]:
-    """Return the columns that are read, and why there are no labels if there are none."""
+    """Return the columns to read, and why there are no labels if there are none."""
 
     def without_one(column: str) -> int | None:
-        """Return the number of the first file that has no such column, or several of them."""
+        """Return the index of the first file that has no such column, or several of them."""
         return next((n for n, schema in enumerate(schemas) if schema.names.count(column) != 1), None)
 
     wrong = without_one("image")
@@ -113,7 +113,7 @@ def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[l
 
 
 def _features(source: str, file: Path, schema: Any) -> Any:
-    """Return what the columns of a file hold. Raises DataError where another version of `datasets` described them."""
+    """Return the types of a file's columns. Raises DataError if another version of `datasets` described them."""
     from datasets import Features
 
     try:
@@ -126,7 +126,7 @@ def _features(source: str, file: Path, schema: Any) -> Any:
 
 
 def _parts_by_column(part: Part, names: Sequence[Any]) -> tuple[dict[str, Part], dict[str, int]]:
-    """Divide the rows of a table by the splits that a column names, if these are training and held-out images."""
+    """Divide a table's rows by the splits that a column names, if these are training and held-out images."""
     distinct = sorted({str(name) for name in names})
     groups, unused = group_by_split(distinct)
     number_of = {name: number for number, name in enumerate(distinct)}
@@ -153,8 +153,8 @@ def _read_footer(source: str, file: Path) -> Any:
 def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any], columns: list[str]) -> Any:
     """Load columns of files through the cache of `datasets`.
 
-    `datasets` recognises a file by path and time alone, and would return old rows for a file that was replaced without
-    a new time; so the versions of the files name a folder of the cache.
+    `datasets` identifies a file only by path and time, and would return old rows for a file replaced without a new
+    time; the files' versions therefore name a cache folder.
     """
     import datasets
 
@@ -186,7 +186,7 @@ def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Turn off the progress bars and the messages of `datasets`, whose errors are told in our own words."""
+    """Turn off the progress bars and messages of `datasets`, whose errors are reported in our own words."""
     import datasets
 
     level, has_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()

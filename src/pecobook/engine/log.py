@@ -293,7 +293,7 @@ class Progress:
             from rich.text import Text
 
             class Status(ProgressColumn):
-                """The figures of the last step, of which a narrow terminal shows the first."""
+                """The figures of the last step; a narrow terminal shows the first ones."""
 
                 def render(self, task: Any) -> Text:
                     return Text(task.fields["status"], no_wrap=True, overflow="ellipsis")

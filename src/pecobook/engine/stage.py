@@ -98,7 +98,7 @@ class Stage(nn.Module, Generic[C]):
 
     @classmethod
     def probe_view(cls, config: C) -> ViewFunction | None:
-        """Return the function that takes `image`, uint8 (3, S, S), from an image of `--probe-data`, or None.
+        """Return the function that makes `image`, uint8 (3, S, S), from an image of `--probe-data`, or None.
 
         A batch of these is marked as `probe`, and `forward` returns their features (B, F) as rows.
         """

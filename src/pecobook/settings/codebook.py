@@ -89,10 +89,10 @@ class CodebookConfig(CropTrainConfig):
     pixel_weight: float = 1.0
     """Weight of the pixel loss, the mean squared error on [-1, 1]."""
     balance: bool = False
-    """Divide the sum of the pixel and perceptual losses by its current value, so that every run weighs the commitment
-    loss against 1. Without --balance, a perceptual loss several times larger than the pixel loss outweighs the
-    commitment loss, so runs with and without a perceptual network differ in two ways at once. With --micro-batch-size
-    this costs an extra forward pass, since the value is that of the whole step."""
+    """Divide the sum of the pixel, perceptual and adversarial losses by its current value, so that every run weighs the
+    commitment loss against 1. Without --balance, a perceptual loss several times larger than the pixel loss outweighs
+    the commitment loss, so runs with and without a perceptual network differ in two ways at once. With
+    --micro-batch-size this costs an extra forward pass, since the value is that of the whole step."""
     optim: BaseOptimConfig = BaseOptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
     implied = staticmethod(tokenizer_of)  # what follows from --init, for `replace`
 

@@ -95,7 +95,7 @@ def read_json(
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError, also for a duplicate name in an object."""
+    """Return the value of a JSON string. Raises ValueError, also for a duplicate name in an object."""
     return json.loads(text, object_pairs_hook=_without_repeats)
 
 
@@ -109,7 +109,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in a text. Raises ValueError if there is none."""
+    """Return the JSON object in a string. Raises ValueError if there is none."""
     content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("no JSON object")

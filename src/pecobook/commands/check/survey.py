@@ -35,7 +35,7 @@ class Survey:
     """What was found in the images.
 
     Attributes:
-        lines: (topic, text) lines, as of a training run but for every image.
+        lines: (topic, text) lines, as for a training run but covering every image.
         problems: what would be learned wrongly, as texts of one or more lines each.
         figures: all numbers, for programs.
     """

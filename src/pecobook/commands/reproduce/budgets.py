@@ -208,7 +208,7 @@ def _paper_runs(masked: PretrainConfig, classifier: FinetuneConfig, own: dict[st
 
 
 def with_backbone(budget: Budget, model: BackboneConfig) -> Budget:
-    """Return the budget with another ViT in place of ViT-B, for all ways to pre-train it."""
+    """Return the budget with another ViT instead of ViT-B, for all ways to pre-train it."""
     base = budget.vits["base"]
     runs = dataclasses.replace(
         base,

@@ -32,7 +32,7 @@ class UnusableError(ValueError):
 
 
 def as_integer(value: Any) -> int | None:
-    """Return a JSON value as an integer that fits into 64 bits, also if it is written as 7.0 or "7"; else None."""
+    """Return a JSON value as an integer that fits into 64 bits, also if it is written as 7.0 or "7"; otherwise None."""
     if type(value) is int:
         return value if abs(value) < 2**63 else None
     if isinstance(value, str):
@@ -44,7 +44,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def as_number(value: Any) -> float | None:
-    """Return a JSON value as a finite number, also if it is written as a text; else None."""
+    """Return a JSON value as a finite number, also if it is written as text; otherwise None."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -87,8 +87,8 @@ def format_size(size: Sequence[Any]) -> str:
 def read_categories(categories: list[Any], used: set[int]) -> tuple[dict[int, str], list[str]]:
     """Return id -> name of the categories in ascending order of the ids, and notes on entries that are odd or left out.
 
-    An entry without an object is left out if it is only the group of other categories, as Roboflow writes it, or if its
-    name stands there twice.
+    An entry without an object is left out if it only groups other categories, as in Roboflow's files, or if its name is
+    a duplicate.
 
     Args:
         categories: the list of the file.

@@ -1,9 +1,9 @@
 """Finds the pairs of an image file and a mask file in a folder.
 
-Folders named images/, masks/ or alike tell images from masks ("train_masks/" is the mask folder of "train/"). Where
-there are none, a word within a folder's name does (binary_masks/, SegmentationClassPNG/), or the endings of the files'
-names: x.jpg and x_mask.png. Pictures pair by their relative paths; if no paths agree, by the names of their files, or
-by these without the words that all images, or all masks, of a folder share: img_1.jpg and lbl_1.png.
+Folders named images/, masks/ or similar distinguish images from masks ("train_masks/" is the mask folder of "train/").
+If there are none, a word within a folder's name does (binary_masks/, SegmentationClassPNG/), or the endings of the file
+names: x.jpg and x_mask.png. Pictures are paired by their relative paths; if no paths agree, by file name, or by file
+name without the words that all images, or all masks, of a folder share: img_1.jpg and lbl_1.png.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pictures:
     others: dict[str, str] = dataclasses.field(default_factory=dict)
     """Pictures in folders of neither kind."""
     extensions: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Extension -> number of files in folders of images or masks that are no pictures."""
+    """Extension -> number of files in folders of images or masks that are not pictures."""
     duplicates: list[str] = dataclasses.field(default_factory=list)
 
     def by_file_name(self) -> Pictures | None:
