@@ -167,7 +167,7 @@ class _LastBlock:
 
 
 class VisibleOnlyModel(nn.Module):
-    """The accelerated training: a timm ViT on the visible patches, a light transformer on all patches, a K-way head.
+    """The model of the accelerated training: a timm ViT on visible patches, a light transformer on all, a K-way head.
 
     Args:
         backbone: a timm ViT with absolute positions and without a head. Relative positions (BEiT's) need the full grid.

@@ -18,8 +18,8 @@ class ExploreConfig(ImagesConfig):
     host: str = "127.0.0.1"
     """Address that the page is served on. The default is reachable only from this machine."""
     allowed_hosts: tuple[str, ...] = ()
-    """Other host names under which browsers reach the page, such as a proxy's. Requests to other names, and from pages
-    of other names, are refused, because they may come from a web site that points its name at this machine."""
+    """Other host names under which browsers reach the page, such as a proxy's. A request to any other name, or from a
+    page of any other name, is refused, because it may come from a web site that points its name at this machine."""
     port: int = 7860
     """Port that the page is served on."""
     upload_mb: int = 20
