@@ -165,8 +165,8 @@ def paper_mae() -> PretrainConfig:
     """MAE ViT-B/16, 1,600 epochs at batch 4,096: predicts the hidden three quarters' pixels from the visible quarter.
 
     Source: MAE, arXiv 2111.06377, table 8 and public code: learning rate 1.5e-4 x batch / 256, warm-up 40 epochs, no
-        colour changes, drop path or clipping, a decoder of 8 blocks of width 512. MAE's positions are fixed; those of
-        timm's network are learned. For the "MAE" rows of the paper's Tables 1, 3 and 8.
+        colour augmentation, drop path or clipping, a decoder of 8 blocks of width 512. MAE's positions are fixed; those
+        of timm's network are learned. For the "MAE" rows of the paper's Tables 1, 3 and 8.
     Command: pecobook pretrain paper-mae --data IMAGENET --compile --out runs/mae
     Cost: 58 GFLOP for an image (counted: 50 of 197 tokens in the encoder, all in the decoder), so 1.2e20 FLOP; about
         160 hours of one H100 at 200 TFLOP/s (estimated).

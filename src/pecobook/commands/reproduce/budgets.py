@@ -1,4 +1,4 @@
-"""Budgets: the size and the length of every kind of run, from the paper's recipes down to minutes on 2 cores."""
+"""Budgets: the size and length of every kind of run, from the paper's recipes down to minutes on 2 cores."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pecobook.settings.values import LARGEST, replace
 
 @dataclasses.dataclass(frozen=True)
 class VitRuns:
-    """The trainings of a ViT of one size. The lengths of all pre-trainings stand for `EPOCHS` epochs."""
+    """The training runs of a ViT of one size. All pre-training lengths refer to `EPOCHS` epochs."""
 
     pretrain: PretrainConfig
-    """On tokens."""
+    """Pre-training on tokens."""
     mae: PretrainConfig
-    """On pixels, with an encoder that reads the visible patches alone."""
+    """Pre-training on pixels, with an encoder that reads only the visible patches."""
     moco: ContrastConfig
     finetune: FinetuneConfig
-    """Fine-tuning of every arm that `own` does not name."""
+    """Fine-tuning for every arm that is not in `own`."""
     own: dict[str, FinetuneConfig]
-    """Trainings of arms that have recipes of their own: `mae`, and the networks from scratch, `scratch` and `deit`."""
+    """Training runs of arms with their own recipes: `mae`, and the networks from scratch, `scratch` and `deit`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,33 +40,33 @@ class Budget:
     """The settings of every kind of run."""
 
     gpus_per_run: int
-    """GPUs of one run: small trainings run in parallel, large trainings need the memory of many GPUs."""
+    """Number of GPUs per run: small runs execute in parallel, large ones need the memory of many GPUs."""
     contrast: dict[str, ContrastConfig]
-    """MoCo v3 of the perceptual networks: resnet and vit."""
+    """MoCo v3 training of the perceptual networks: resnet and vit."""
     layers: dict[str, tuple[int, ...]]
     """Layers of each perceptual network: resnet, vit and supervised."""
     default: str
-    """The perceptual network of all rows that name none."""
+    """The perceptual network of all rows that do not name one."""
     supervised: FinetuneConfig | None
     """Training of the supervised network; None uses `supervised_network` instead."""
     supervised_network: str
-    """A supervised network with public weights, for `supervised` None."""
+    """A supervised network with public weights, used if `supervised` is None."""
     codebook: CodebookConfig
     transformers: AutoencoderConfig
-    """The tokenizer of transformers in Table 12."""
+    """The tokenizer made of transformers in Table 12."""
     lite: AutoencoderConfig
-    """The tokenizer of half the width in Table 2."""
+    """The half-width tokenizer in Table 2."""
     discriminator_layers: int
     vits: dict[str, VitRuns]
-    """The ViTs that are pre-trained and fine-tuned, by size: base, large, huge; and visible, of the size of base, whose
-    pre-training on tokens reads the visible patches alone."""
+    """The ViTs that are pre-trained and fine-tuned, by size: base, large, huge; and visible, of size base, whose
+    pre-training on tokens reads only the visible patches."""
     transfers: dict[str, SegmentConfig | DetectConfig | FinetuneConfig]
-    """Further trainings of each of these ViTs: segment and detect, and kinetics and ssv2 of clips. A name of an arm
-    behind the kind, as in kinetics-deit, stands for a recipe of its own."""
+    """Further training runs of each of these ViTs: segment and detect, and kinetics and ssv2 on clips. An arm's name
+    after the kind, as in kinetics-deit, stands for a separate recipe."""
     max_images: int = 0
-    """Largest number of images of each split in an analysis; 0 keeps the numbers of `analyze`."""
+    """Largest number of images per split in an analysis; 0 keeps the numbers of `analyze`."""
     classifier: str = ""
-    """The classifier of reconstructions of ImageNet-1K; empty takes the supervised network that is trained."""
+    """The classifier for ImageNet-1K reconstructions; if empty, the supervised network that is trained."""
 
 
 def make_budget(name: str) -> Budget:
@@ -75,7 +75,7 @@ def make_budget(name: str) -> Budget:
 
 
 def _with_visible(budget: Budget) -> Budget:
-    """Return the budget with the accelerated form of Table 8: MAE's trainings of ViT-B, with tokens as targets."""
+    """Return the budget with the accelerated training of Table 8: MAE's settings for ViT-B, with tokens as targets."""
     base = budget.vits["base"]
     masked, classifier = dataclasses.replace(base.mae, target="tokens"), base.own.get("mae", base.finetune)
     visible = dataclasses.replace(base, pretrain=masked, finetune=classifier)
@@ -83,7 +83,7 @@ def _with_visible(budget: Budget) -> Budget:
 
 
 def _tiny(factor: int) -> Budget:
-    """Return a budget for images of 32 pixels with 4 x 4 tokens: a run takes minutes on 2 cores, times `factor`."""
+    """Return a budget for 32-pixel images with 4 x 4 tokens: a run takes minutes on 2 cores, times `factor`."""
     resnet = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps=str(160 * factor))
     vit = _tiny_vit(patch_size=4)
     tokenizer = codebook.tiny()
@@ -130,7 +130,7 @@ def _tiny_vit(**args: Any) -> BackboneConfig:
 
 
 def _tiny_runs(factor: int, moco: ContrastConfig, classifier: FinetuneConfig, **args: int) -> VitRuns:
-    """Return the trainings of a small ViT; `args` change its size."""
+    """Return the training runs of a small ViT; `args` change its size."""
     model = _tiny_vit(init_values=0.1, **args)
     masked = dataclasses.replace(pretrain.tiny(), max_steps=str(200 * factor), model=model)
     mae = dataclasses.replace(
@@ -174,7 +174,8 @@ def _paper() -> Budget:
 
 
 def _paper_vits() -> dict[str, VitRuns]:
-    """Return the trainings of ViT-B, ViT-L and ViT-H; of the larger ViTs MAE gives a rate of 4e-3 at batch 1,024."""
+    """Return the training runs of ViT-B, ViT-L and ViT-H; for the larger ones MAE uses a rate of 4e-3 at batch
+    1,024."""
     own = {"mae": finetune.paper_mae(), "scratch": finetune.paper_scratch(), "deit": finetune.paper_deit()}
     vits = {"base": _paper_runs(pretrain.paper(), finetune.paper(), own)}
     for size, name, masked, classifier in (
@@ -192,7 +193,7 @@ def _paper_vits() -> dict[str, VitRuns]:
 
 
 def _paper_runs(masked: PretrainConfig, classifier: FinetuneConfig, own: dict[str, FinetuneConfig]) -> VitRuns:
-    """Return the trainings of a ViT; MAE and MoCo v3 train the plain ViT of the size of `masked`."""
+    """Return the training runs of a ViT; MAE and MoCo v3 train the plain ViT of the size of `masked`."""
     plain = BackboneConfig(name=masked.model.name.replace("beit_", "vit_"))
     num_masked = 192 if "patch14" in plain.name else 147  # three quarters of 256 or 196 patches
     mae = replace(pretrain.paper_mae(), {"mask.num_masked": num_masked})
