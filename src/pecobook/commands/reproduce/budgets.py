@@ -174,8 +174,7 @@ def _paper() -> Budget:
 
 
 def _paper_vits() -> dict[str, VitRuns]:
-    """Return the training runs of ViT-B, ViT-L and ViT-H; for the larger ones MAE uses a rate of 4e-3 at batch
-    1,024."""
+    """Return the runs of ViT-B, ViT-L and ViT-H; for the larger ones MAE uses a rate of 4e-3 at batch 1,024."""
     own = {"mae": finetune.paper_mae(), "scratch": finetune.paper_scratch(), "deit": finetune.paper_deit()}
     vits = {"base": _paper_runs(pretrain.paper(), finetune.paper(), own)}
     for size, name, masked, classifier in (
