@@ -163,7 +163,7 @@ COMMANDS: dict[str, Command] = {
         words=("runs",),
     ),
     "reproduce": Command(
-        "train the paper's tables again at a budget you choose, with controls, over seeds",
+        "rerun the experiments of the paper's tables at a chosen budget, with controls and several seeds",
         ReproduceConfig,
         "TABLE [TABLE ...] --data SOURCE --out DIR",
         (
@@ -208,7 +208,7 @@ COMMANDS: dict[str, Command] = {
         "data backbone weights out image-size max-train max-test seed",
     ),
     "embed": Command(
-        "write a feature vector of every image to a file, without labels",
+        "write a feature vector for every image to a file; needs no labels",
         EmbedConfig,
         "RUN|timm:NAME --data SOURCE --out FILE.parquet|.npy|.npz",
         (
