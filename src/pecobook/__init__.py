@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pecobook.models.video import ClipClassifier
     from pecobook.models.weights import Backbone, Classifier
 
-if sys.platform == "darwin":  # before torch is imported: what Apple's GPUs lack is computed on the CPU
+if sys.platform == "darwin":  # before torch is imported: operations that Apple's GPUs lack run on the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __all__ = ["Backbone", "Classifier", "ClipClassifier", "Detector", "MaskedImageModel", "PecobookError"]

@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _hide_warnings() -> None:
     """Hide library warnings, several lines each, that a user can do nothing about."""
-    # timm's interpolation of tables of relative positions, for another image size, uses what PyTorch will remove.
+    # timm's interpolation of relative position tables to another image size uses an API that PyTorch will remove.
     warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
-    # A file of weights that another version of pickle wrote is read all the same, or refused with an error.
+    # A weights file written by another version of pickle is read anyway, or refused with an error.
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 
@@ -294,7 +294,7 @@ def _recipe_name(args: list[str]) -> str:
     try:
         return str(read_config(files["config"]).get("recipe") or "")
     except ConfigError:
-        return ""  # `parse` tells of the file
+        return ""  # `parse` reports the file
 
 
 def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = MappingProxyType({})) -> Any:
@@ -363,7 +363,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
             problems.append(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
             continue
         try:
-            # Of a flag that is given twice the last counts: scripts append flags to a command.
+            # If a flag is given twice, the last one counts: scripts append flags to a command.
             values[field_name(name)] = _value(name, words, types[name], command)
         except ConfigError as error:
             problems.append(str(error))

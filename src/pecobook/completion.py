@@ -18,7 +18,7 @@ from pecobook.recipes import RECIPES, claim
 from pecobook.settings.values import flags, is_switch
 
 SHELLS = ("bash", "zsh", "fish")
-# Values of a flag that takes several of them, or that may also stand alone.
+# Values of a flag that takes several of them, or that may also be given without a value.
 _CHOICES = {"loggers": ("auto", "tensorboard", "wandb", "mlflow"), "resume": ("auto",)}
 
 

@@ -135,7 +135,7 @@ def grouped(problems: Iterable[tuple[str, str]], more: str) -> tuple[str, ...]:
 
     Args:
         problems: kind and text of each problem.
-        more: words behind that number, such as "more alike".
+        more: words after that number, such as "more alike".
     """
     texts: dict[str, list[str]] = {}
     for kind, text in problems:
@@ -148,8 +148,8 @@ def listed(lines: Sequence[str], most: int | None = 10, *, further: int = 0) -> 
 
     Args:
         lines: the lines.
-        most: number of lines that are returned; None returns all.
-        further: number of lines that were left out already.
+        most: maximum number of lines; None returns all.
+        further: number of lines that were already left out.
     """
     further += len(lines) - len(lines[:most])
     return "\n".join([*lines[:most], *([f"... and {further:,} more"] if further else [])])

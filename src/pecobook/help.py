@@ -25,7 +25,7 @@ def page(command: str, config: Any, recipe: str = "") -> str:
     Args:
         command: name of the command, a key of `COMMANDS`.
         config: settings whose values are shown as defaults.
-        recipe: name of the recipe of these settings, where there is one.
+        recipe: name of the recipe of these settings, if any.
     """
     content, lines = COMMANDS[command], _usage(command, config)
     if command in RECIPES:

@@ -32,16 +32,16 @@ def attack(
     """Attack a classifier whose gradient is known.
 
     Args:
-        classifier: maps float images (B, C, H, W) in [0, 1] to logits (B, K); it treats every image alone.
+        classifier: maps float images (B, C, H, W) in [0, 1] to logits (B, K), each image independently.
         images: float (B, C, H, W) in [0, 1].
         labels: int64 (B,), the true classes.
-        eps: largest change of a value.
+        eps: maximum change of a value.
         step: change of a value in one step.
         steps: number of steps.
         momentum: decay of the running sum of gradients; 0 is BIM.
 
     Returns:
-        float (B, C, H, W) in [0, 1], nowhere farther than `eps` from `images`.
+        float (B, C, H, W) in [0, 1], within `eps` of `images` everywhere.
     """
     lowest, highest = (images - eps).clamp_min(0), (images + eps).clamp_max(1)
     attacked, accumulated = images, torch.zeros_like(images)

@@ -1,7 +1,7 @@
 """The atlas of a codebook: one patch of each codeword in use, on a grid on which similar codewords are neighbours.
 
-`make_atlas` computes it, `atlas_picture` draws it as a PNG, and `sprite` and `as_json` are what a page needs to show it
-with a zoom and in the colours of use, place, colour and class.
+`make_atlas` computes it, `atlas_picture` draws it as a PNG, and `sprite` and `as_json` return what a page needs to show
+it with a zoom, coloured by use, place, colour or class.
 
 Shapes: N images, codes int64 (N, h, w) with values in [0, K), M codewords in use, C classes.
 """
@@ -36,7 +36,7 @@ class Atlas:
     """The codewords in use, ordered by their cells: row by row, from the left."""
 
     num_codewords: int
-    """K, with the codewords that are not used."""
+    """K, including unused codewords."""
     columns: int
     """Width of the grid in cells; codeword m is in row m // columns and column m % columns."""
     codewords: NDArray[np.int64]
@@ -52,7 +52,7 @@ class Atlas:
     positions: NDArray[np.int64] = field(repr=False)
     """Number of patches of each codeword at each position of the code grid, (M, h, w)."""
     classes: tuple[ClassShare | None, ...] = field(repr=False)
-    """The class of the highest lift of each codeword; None if no class is more frequent than by chance."""
+    """The class with the highest lift for each codeword; None if no class is more frequent than by chance."""
 
     @property
     def rows(self) -> int:
@@ -136,7 +136,7 @@ def arrange(
 
 
 def _turned(plane: NDArray[np.float32], brightness: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn the plane (M, 2), whose directions mean nothing, so that bright patches are on the right of every atlas."""
+    """Orient the plane (M, 2), whose axes are arbitrary, so that bright patches are on the right of every atlas."""
     towards = ((plane - plane.mean(0)) * (brightness - brightness.mean())[:, None]).sum(0)
     axis = int(np.abs(towards).argmax())
     return plane[:, [axis, 1 - axis]] * np.where(towards[axis] < 0, -1, 1)

@@ -38,7 +38,7 @@ def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None =
     """Draw one small panel per metric, with the curves of all runs, by the run's name.
 
     Without `metrics`, at most eight metrics that vary are drawn, `loss` first. A noisy curve is drawn faintly, and its
-    running mean above it. More than eight panels stand in three columns.
+    running mean above it. More than eight panels are arranged in three columns.
     """
     metrics = metrics or varying_metrics(runs)[:8]
     if not metrics:
@@ -66,7 +66,7 @@ def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None =
 def run_curves(log: Path) -> bytes:
     """Draw all that a run logged in its metrics.jsonl: the loss and its parts, evaluations, learning rate, speed.
 
-    An evaluation shares the panel of the training metric of its name. The result is empty while there is no number.
+    An evaluation shares the panel of the training metric of its name. The result is empty while no number is logged.
     """
     training: list[dict[str, Any]] = []
     held_out: list[dict[str, Any]] = []
@@ -108,7 +108,7 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
     axes.set_xlim(0, 1.03 * longest)
     axes.set_xlabel("codewords, most used first", color=INK, fontsize=10)
     axes.set_ylabel("patches", color=INK, fontsize=10)
-    # The names stand above the right half, where no curve is, in the colours and the order of the ends of the curves.
+    # The names are above the right half, where there is no curve, in the colours and order of the curves' ends.
     for line, (_, label, colour) in enumerate(sorted(ends, reverse=True)):
         axes.text(
             1, 1 - 0.09 * line, escape_text(label), ha="right", va="top", transform=axes.transAxes, color=colour,
@@ -125,7 +125,7 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
     Args:
         panels: the scores of each panel, top row first, by the panel's title; include the control, and the untrained
             network if there is one.
-        chance: the score of chance, drawn as a dashed line; None draws no line.
+        chance: chance level, drawn as a dashed line; None draws no line.
     """
     sizes = [max(len(scores), 1) for scores in panels.values()]
     figure = new_figure(_WIDTH, sum(0.36 * size + 0.55 for size in sizes) + 0.3)

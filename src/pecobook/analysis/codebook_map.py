@@ -30,7 +30,7 @@ def nearest_used(codebook: Tensor, codeword: int, counts: NDArray[np.int64], num
 def project_to_plane(codebook: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     """Project codewords to a plane, (K, 2), with t-SNE, which preserves neighbourhoods, or PCA for few codewords.
 
-    Of a large codebook t-SNE places a random part, and each other codeword lies between the three nearest of them.
+    For a large codebook, t-SNE places a random subset, and each other codeword lies between its three nearest in it.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -56,8 +56,8 @@ def project_to_plane(codebook: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
 def grid_cells(plane: NDArray[np.float32]) -> NDArray[np.int64]:
     """Assign points (M, 2) to different cells of a nearly square grid, so that near points stay near each other.
 
-    The points are halved along the longer side of the grid until few are left, whose distances to the cells are then
-    minimised in sum.
+    The points are split in half along the longer side of the grid until few are left, which get the cells with the
+    smallest sum of squared distances.
 
     Returns:
         row and column of each point, int64 (M, 2). The last row is filled from the left.

@@ -19,7 +19,7 @@ from torch import Tensor
 from pecobook.analysis.arrays import Array, as_numpy
 
 _EXACT, _SAMPLE = 2**14, 2**10
-"""Number of used codewords up to which all are compared with each other, and that of the sample above it."""
+"""Maximum number of used codewords that are all compared with each other, and the sample size above it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def distinct_codewords(codebook: Tensor, usage: Tensor, *, tolerance: float = 0.
     limit = tolerance * (share @ vectors.square().sum(1)).sqrt()
     vectors = vectors - share @ vectors  # centred, so that small distances are accurate
     of, weight = vectors, share
-    if len(share) > _EXACT:  # the entropy is a mean over codewords: of a large codebook it is estimated from a sample
+    if len(share) > _EXACT:  # the entropy is a mean over codewords: for a large one it is estimated from a sample
         generator = torch.Generator().manual_seed(0)
         chosen = torch.multinomial(share.cpu(), _SAMPLE, replacement=True, generator=generator).to(share.device)
         of, weight = vectors[chosen], torch.full_like(share[chosen], 1 / _SAMPLE)
@@ -123,7 +123,7 @@ def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
     codes = torch.as_tensor(codes).flatten(1)
     codebook = codebook.detach().float().to(codes.device)
     means = codebook.new_empty(len(codes), codebook.shape[1])
-    with torch.no_grad():  # some images at a time, since their indices take four times the memory of codes of two bytes
+    with torch.no_grad():  # some images at a time, since their indices take four times the memory of 2-byte codes
         for part, chosen in zip(torch.split(means, 2**16), torch.split(codes, 2**16), strict=True):
             part.copy_(F.embedding_bag(chosen.long(), codebook, mode="mean"))
     return means
@@ -152,8 +152,8 @@ def code_gallery(
 ) -> list[GalleryRow]:
     """Collect patches that share a codeword, in one row per codeword.
 
-    `(seed, codeword)` determines which patches are drawn, so a row does not depend on the other rows. Each image gives
-    one patch before any image gives a second one.
+    `(seed, codeword)` determines which patches are drawn, so a row does not depend on the other rows. Every image
+    contributes one patch before any contributes a second.
 
     Args:
         images: float (N, 3, H, W) in [0, 1], or uint8.
@@ -161,7 +161,7 @@ def code_gallery(
         codewords: number of rows; the `chosen` codewords come first, then the most used ones.
         patches: maximum number of patches in a row.
         seed: seed of the choice of patches.
-        chosen: codewords that certainly get a row.
+        chosen: codewords that always get a row.
     """
     grid = as_numpy(codes)
     if grid.ndim != 3 or len(grid) != len(images):
@@ -208,7 +208,7 @@ def matches(
 
 
 def one_per_image_first(image: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return a random order of patches, of the given images (count,), in which no image comes again before all came."""
+    """Order patches of the given images (count,) at random; no image recurs before all have occurred."""
     order = rng.permutation(len(image))
     num_earlier: dict[int, int] = {}
     rounds = np.empty(len(order), dtype=np.int64)

@@ -57,8 +57,8 @@ def average_precision(
 
     ap is the mean over IoU 0.5 to 0.95; ap50 and ap75 use one IoU. ap_small, ap_medium and ap_large are for objects
     below 32^2 pixels, below 96^2 pixels, and above. ar_1, ar_10 and ar are the average recall with 1, 10 and all
-    detections per image; ar_small, ar_medium and ar_large are for objects of these sizes. A metric for which there is
-    no object is omitted.
+    detections per image; ar_small, ar_medium and ar_large are for objects of these sizes. A metric without any objects
+    is omitted.
 
     Args:
         truth: images, annotations and categories in the COCO format.

@@ -3,7 +3,7 @@
 torch-fidelity computes the distance; the sums here replace its arrays of all images' features, so that memory does not
 grow with the number of images.
 
-B images of a batch, F features, C classes, S splits.
+B images per batch, F features, C classes, S splits.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 class InceptionScore:
     """The Inception score over splits of shuffled images, as torch-fidelity defines it: 10 splits, seed 2020.
 
-    A split needs the sum of its images' probabilities and of their negative entropies alone. Images that cannot be read
-    leave their places empty.
+    A split needs only the sums of its images' probabilities and of their negative entropies. Unreadable images leave
+    their places empty.
 
     Args:
-        num_images: number of images that will be asked for.
+        num_images: number of images that will be requested.
         splits: S.
     """
 

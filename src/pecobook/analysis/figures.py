@@ -29,7 +29,7 @@ _GAP = 0.045  # between images, in units of an image's side
 def image_columns(columns: Sequence[tuple[str, Tensor]]) -> bytes:
     """Draw a grid of images with one titled column for each of `columns`, (N, 3, H, W) each.
 
-    Two columns may have the same title. There are as many rows as the shortest column has images.
+    Two columns may have the same title. The number of rows is that of the images in the shortest column.
     """
     rows = min((len(images) for _, images in columns), default=0)
     if rows < 1:
@@ -51,7 +51,7 @@ def image_columns(columns: Sequence[tuple[str, Tensor]]) -> bytes:
 def gallery_picture(rows: Sequence[GalleryRow], shares: Mapping[int, ClassShare] | None = None) -> bytes:
     """Draw one block per codeword: number and usage, then a map of its positions and patches in their surroundings.
 
-    With `shares` (see `class_shares`) a second line names the class that the codeword tells most about, if any.
+    With `shares` (see `class_shares`) a second line names the class that the codeword indicates best, if any.
     """
     step, label = 1 + 2 * _GAP, 0.5 if shares is None else 0.95
     lines = [max(1, -(-len(row.patches) // _PATCHES_PER_LINE)) for row in rows]
@@ -80,7 +80,7 @@ def class_words(share: ClassShare | None) -> str:
 
 
 def matches_picture(queries: Sequence[GalleryPatch], columns: Sequence[tuple[str, Sequence[GalleryRow]]]) -> bytes:
-    """Draw query patches, and beside each the patches that share its codeword, in one column per codebook.
+    """Draw query patches, and next to each the patches that share its codeword, one column per codebook.
 
     Args:
         queries: one patch per row of the picture.

@@ -23,14 +23,14 @@ _VALUES = 2**24
 
 
 class LogisticRegression:
-    """A classifier by a linear map of features.
+    """A linear classifier of features.
 
     Args:
         rows: the training features.
-        labels: their classes, int64 (N,), at least two different ones.
+        labels: their labels, int64 (N,), of at least two classes.
         dim: D.
         c: inverse regularisation C.
-        max_iter: largest number of iterations of L-BFGS.
+        max_iter: maximum number of L-BFGS iterations.
     """
 
     def __init__(self, rows: Rows, labels: NDArray[np.int64], dim: int, *, c: float, max_iter: int) -> None:
@@ -38,7 +38,7 @@ class LogisticRegression:
 
         self.classes, targets = np.unique(labels, return_inverse=True)
         self._shape, self._place = (len(self.classes), dim + 1), device()
-        # Of two classes scikit-learn fits one vector of weights, whose norm is that of two of opposite sign times 2.
+        # For two classes scikit-learn fits one weight vector, whose norm is that of two of opposite sign times 2.
         penalty = (2 if len(self.classes) == 2 else 1) / (c * len(labels))
         solved: Any = minimize(
             lambda flat: self._objective(flat, rows, torch.from_numpy(targets), penalty),

@@ -1,4 +1,4 @@
-"""Where each codeword of a codebook occurs, and with which classes, in memory that grows with the patches alone.
+"""Where each codeword of a codebook occurs, and with which classes, in memory that grows only with the patches.
 
 Shapes: N images, code grid (h, w), P = h w places, K codewords, C classes.
 """
@@ -16,7 +16,7 @@ from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.codewords import one_per_image_first
 
 MIN_IMAGES = 5
-"""Number of images of a class with a codeword from which the class can count as evidence."""
+"""Minimum number of images of a class with a codeword for the class to count as evidence."""
 _LEVEL = 0.05
 _MOST_DRAWN = 4096  # occurrences among which exemplars are chosen
 
@@ -64,9 +64,9 @@ class Occurrences:
         return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), self.counts)
 
     def in_images(self) -> tuple[Integers, Integers, NDArray[np.int64]]:
-        """Return every pair of a codeword and an image that has it, once, and the number of its patches there."""
+        """Return each pair of a codeword and an image that contains it, and the number of its patches there."""
         image, codeword = self.patches // (self.grid[0] * self.grid[1]), self.codewords()
-        # The patches are sorted, so those of one codeword in one image stand together.
+        # The patches are sorted, so those of one codeword in one image are adjacent.
         is_first = np.diff(image, prepend=-1).astype(bool) | np.diff(codeword, prepend=-1).astype(bool)
         starts = np.flatnonzero(is_first)
         return codeword[starts], image[starts], np.diff(starts, append=len(image))
@@ -83,7 +83,7 @@ def occurrences(codes: Array, num_codewords: int) -> Occurrences:
 
 
 def main_places(found: Occurrences) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return each codeword's most frequent place and its number of patches there, (K,) each; 0 for an unused one."""
+    """Return each codeword's most frequent position and its number of patches there, (K,) each; 0 for an unused one."""
     num_places = found.grid[0] * found.grid[1]
     pairs = found.codewords().astype(np.int64) * num_places + found.patches % num_places
     values, number = np.unique(pairs, return_counts=True)
@@ -93,7 +93,7 @@ def main_places(found: Occurrences) -> tuple[NDArray[np.int64], NDArray[np.int64
 def _largest(
     codeword: NDArray[Any], value: NDArray[Any], number: NDArray[Any], num_codewords: int
 ) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Return the first value with the largest number, and that number, of each codeword: (K,) each.
+    """Return the first value with the largest number, and that number, for each codeword: (K,) each.
 
     The rows are sorted by codeword; a codeword without rows has zeros.
     """
@@ -154,7 +154,7 @@ class ClassCounts:
         return ClassShare(classes[label], 100 * int(self.images[row]) / images_with, base, float(self.lift[row]))
 
     def best(self) -> NDArray[np.int64]:
-        """Return, for each codeword with evidence, the row of the highest lift that is evidence."""
+        """Return, for each codeword with evidence, the row with the highest lift that is evidence."""
         rows = np.flatnonzero(self.is_evidence)
         rows = rows[np.lexsort((-self.lift[rows], self.codeword[rows]))]
         return rows[np.diff(self.codeword[rows], prepend=-1) > 0]
@@ -165,11 +165,11 @@ class ClassCounts:
 
 
 def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCounts:
-    """Count codewords and classes together.
+    """Count how often codewords and classes co-occur.
 
-    Images count, not patches: the patches of an image are not independent. A class is evidence if at least `MIN_IMAGES`
-    of its images have the codeword, and the probability of so many by chance, by the binomial distribution, is below
-    0.05 after Bonferroni's correction for all classes and all codewords in use.
+    Images are counted, not patches, because the patches of an image are not independent. A class is evidence if at
+    least `MIN_IMAGES` of its images have the codeword, and the binomial probability of at least so many by chance is
+    below 0.05 after Bonferroni's correction for all classes and all codewords in use.
 
     Args:
         found: the patches of N images.
@@ -197,7 +197,7 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
 
 
 def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Sequence[str]) -> dict[int, ClassShare]:
-    """Return the class of the highest lift that is evidence (see `class_counts`), by codeword; `labels` is int (N,).
+    """Return the class with the highest lift that is evidence (see `class_counts`), by codeword; `labels` is int (N,).
 
     A codeword without such a class is left out.
     """

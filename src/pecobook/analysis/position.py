@@ -21,7 +21,7 @@ from pecobook.analysis.reconstruction import encode_all
 from pecobook.analysis.semantics import entropy
 
 MIN_PATCHES = 10
-"""Number of patches from which a codeword counts for `bound`."""
+"""Minimum number of patches of a codeword that counts for `bound`."""
 _PERMUTATIONS = 5
 
 
@@ -35,7 +35,7 @@ class Position:
     null_share: float
     """`share` of codes that are permuted between the positions of each image, which is not 0 for few images."""
     bound: float
-    """Percentage of the codewords of at least `MIN_PATCHES` patches that occur at a single position."""
+    """Percentage of the codewords with at least `MIN_PATCHES` patches that occur at a single position."""
     null_bound: float
     """`bound` of permuted codes."""
 
@@ -97,11 +97,11 @@ def moved_codes(tokenizer: Tokenizer, images: Tensor, stride: int) -> dict[str, 
     Args:
         tokenizer: encodes images whose sides are multiples of the stride.
         images: float (N, 3, S + stride, S + stride), one token larger than the tokenizer's images.
-        stride: pixels of a token.
+        stride: side of a token in pixels.
 
     Returns:
-        `roll`, where pixels that leave the image come in at the opposite side, which makes an edge there; and `crop`,
-        where a second crop begins one token further right and down. Only codes that are in both images count.
+        `roll`, where pixels that leave the image re-enter on the opposite side, which creates an edge there; and
+        `crop`, where a second crop starts one token further right and down. Only codes present in both images count.
     """
     first = images[..., :-stride, :-stride]
     codes = encode_all(tokenizer, first)
@@ -122,15 +122,15 @@ def checkerboard(grid: tuple[int, int]) -> Tensor:
 def opposite_halves(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the codes of one half of the positions of some images, and those of the other half of other images.
 
-    A probe that learns from the first and is tested on the second has its position removed: codes that have a meaning
-    at a single position do not help it.
+    A probe trained on the first and tested on the second has its position removed: codes that are meaningful at a
+    single position do not help it.
 
     Args:
         train: int (M, h, w).
         test: int (N, h, w).
 
     Returns:
-        int (M, P / 2) and (N, P / 2); None for fewer than two positions in a half.
+        int (M, P / 2) and (N, P / 2); None if a half has fewer than two positions.
     """
     half = checkerboard((train.shape[1], train.shape[2]))
     return (train[:, half], test[:, ~half]) if min(int(half.sum()), int((~half).sum())) >= 2 else None

@@ -33,7 +33,7 @@ _MAX_ITER = 200
 _LARGE = 2**27
 """Number of values, images times features, above which a linear probe reads its training features in parts: 0.5 GB."""
 _PART = 2**25
-"""Number of values of a part: 0.13 GB in fp32."""
+"""Number of values in a part: 0.13 GB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ def linear_probe(
     """Fit a multinomial logistic regression on standardised features and evaluate it on the test images.
 
     The inverse regularisation C is the value of `C_GRID` with the best accuracy on a stratified 15% of the training
-    images (of equal values the stronger regularisation); the probe is then fitted again on all training images. The
-    test images do not influence this choice. At most `search_images` training images, drawn with `seed`, are used for
-    the choice, because all five fits on 38,000 x 192 features and 100 classes would take minutes on two cores. The
-    number of images and the iterations of the last fit are recorded in `setting`. Test images of a class that does not
-    occur in the training images count as wrong. More than `_LARGE` training features are read in parts, so that memory
-    beyond them stays below a gigabyte (`pecobook.analysis.logistic`).
+    images (ties go to the stronger regularisation); the probe is then fitted again on all training images. The test
+    images do not influence this choice. At most `search_images` training images, drawn with `seed`, are used for the
+    choice, because all five fits on 38,000 x 192 features and 100 classes would take minutes on two cores. The number
+    of images and the iterations of the last fit are recorded in `setting`. Test images of a class that does not occur
+    in the training images count as wrong. More than `_LARGE` training features are read in parts, so that memory beyond
+    them stays below a gigabyte (`pecobook.analysis.logistic`).
     """
     train, train_y = _checked("training", train_x, train_y)
     test, test_y = _checked("test", test_x, test_y)
@@ -148,7 +148,7 @@ def knn_probe(
 
 
 def _neighbours(train: _Features, test: _Features, k: int, *, chunk: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Return the largest cosine similarities, float (M, k), and whose they are, int64 (M, k), on the host."""
+    """Return the largest cosine similarities, float (M, k), and their indices, int64 (M, k), on the host."""
     place, best, tile = device(), list[tuple[Tensor, Tensor]](), min(tile, max(_PART // train.shape[1], 1))
     for first in range(0, len(train), tile):
         bank = torch.nn.functional.normalize(torch.from_numpy(train[first : first + tile]).to(place), dim=1)
@@ -253,7 +253,7 @@ def _logistic_regression(max_iter: int) -> Any:
 
 
 def _fit(model: Any, x: NDArray[np.float32], y: NDArray[np.int64], c: float) -> Any:
-    """Return `model`, fitted from its last weights; for labels of one class a classifier that predicts this class."""
+    """Return `model`, fitted from its last weights; for labels of a single class, a classifier that predicts it."""
     from sklearn.dummy import DummyClassifier
 
     if y.min() == y.max():

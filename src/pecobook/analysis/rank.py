@@ -11,8 +11,8 @@ from pecobook.analysis.probe import knn_probe, linear_probe
 def effective_rank(features: Tensor) -> float:
     """Return RankMe of features (N, F): the exponential of the entropy of their singular values (arXiv 2210.02885).
 
-    It lies between 1, where all features are multiples of one vector, and min(N, F), where all directions are equally
-    strong; features that are all zero have 0.
+    It lies between 1 (all features are multiples of one vector) and min(N, F) (all directions are equally strong); it
+    is 0 if all features are zero.
     """
     values = torch.linalg.svdvals(features.double())
     total = values.sum()
@@ -26,11 +26,11 @@ def feature_scores(train: tuple[Tensor, Tensor | None], test: tuple[Tensor, Tens
     """Return `rank`, the effective rank of training features, and the accuracies `knn` and `linear` in percent.
 
     Args:
-        train: features (N, F) and labels (N,) of training images; None for labels leaves the accuracies out.
-        test: the same of held-out images.
+        train: features (N, F) and labels (N,) of training images; without labels (None) the accuracies are omitted.
+        test: the same for held-out images.
 
     Returns:
-        no scores where a feature is no finite number, or where a part has no images.
+        no scores if a feature is not finite, or if a part has no images.
     """
     (train_x, train_y), (test_x, test_y) = train, test
     if not (len(train_x) and len(test_x) and train_x.isfinite().all() and test_x.isfinite().all()):

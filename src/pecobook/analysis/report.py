@@ -1,4 +1,4 @@
-"""Reports as one self-contained HTML file: no network, all pictures embedded, and no script but that of an atlas.
+"""Reports as one self-contained HTML file: no network, all pictures embedded, and no script except for an atlas.
 
 `Report` holds the contents, and `write_report` writes the page. All text is plain text: it is escaped, and a blank line
 in a section's text starts a new paragraph. This module is independent of PeCo.

@@ -136,7 +136,7 @@ def _to_huggingface(config: ExportConfig, network: Any) -> str:
     if classes := list(network.classes):
         hf_config |= {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     lines = transformers_lines(config.out, is_classifier=bool(classes), value_range=network.value_range)
-    # Of a shorter side its central square would have no pixel, where `center_crop` takes one.
+    # With a shorter side, its central square would be empty, where `center_crop` takes one pixel.
     least = f"The image processor needs images of {math.ceil(1 / crop)} x {math.ceil(1 / crop)} pixels or more.\n"
     text = f"{least if crop < 1 else ''}{range_text(network.value_range)}"
     card = f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n\n{text}\n"
@@ -153,7 +153,7 @@ def _architecture(
     """Return the name of the transformers class for the weights, and the weights under that class's names.
 
     Args:
-        config: names the run.
+        config: settings, which name the run.
         network: the network of the run.
         state: its weights, under timm's names.
         body: the same weights without the head, under transformers' names.

@@ -89,8 +89,8 @@ def extract(
 
     Args:
         source: images.
-        size: side of the crops, pixels.
-        max_images: largest number of images; a fixed permutation chooses them.
+        size: side of the crops, in pixels.
+        max_images: maximum number of images; a fixed permutation chooses them.
         feature_function: computes the features of one batch.
         description: text of the progress line.
 

@@ -81,7 +81,7 @@ class Job:
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
         """The command line after `pecobook`; the same words start the job, and continue or repeat it."""
-        if self.command == "predict":  # what is interrupted leaves an empty folder
+        if self.command == "predict":  # an interrupted one leaves an empty folder
             return (self.command, *flag_words(self.config, type(self.config)(), always=("run", "images", "out")))
         if self.command not in (*RECIPES, "tokenize"):
             words = flag_words(self.config, type(self.config)(), always=("data", "out"))
@@ -298,7 +298,7 @@ class Progress:
 
     def __init__(self, jobs: Mapping[str, Job]) -> None:
         self.jobs, self.start, self.last_time = jobs, time.monotonic(), -100.0
-        self.total = sum(job.work for job in jobs.values()) or 1.0  # probes and token banks alone have no estimate
+        self.total = sum(job.work for job in jobs.values()) or 1.0  # only probes and token banks: no estimate
         self.done_at_start = self._done(self._fractions())
         self.last_state: tuple[int, list[str]] | None = None
         self.status: Any = None

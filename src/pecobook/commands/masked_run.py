@@ -98,7 +98,7 @@ def load_masked_run(run: str | Path) -> MaskedRun:
     misfit = f"'{folder / 'mim.safetensors'}' does not fit the run's model, as config.json describes it:"
     try:
         missing = [name for name in model.load_state_dict(head, strict=False).missing_keys if "backbone." not in name]
-    except RuntimeError as error:  # its first line names the class alone
+    except RuntimeError as error:  # its first line names only the class
         raise WeightsError(f"{misfit} {' '.join(str(error).split())[:200]}") from None
     if missing:
         raise WeightsError(f"{misfit} it lacks {', '.join(missing[:5])}.")

@@ -177,15 +177,15 @@ def probe_features(
 ) -> Results:
     """Choose the best of several feature sets on a validation part of training, and run both probes on it.
 
-    Where there is a set `... class` for a set `... mean`, their concatenation `... mean + class` is a candidate too.
+    If a set `... mean` has a matching set `... class`, their concatenation `... mean + class` is a candidate too.
 
     Args:
-        train: name of a set to features (N, F) of the training images.
-        test: name of a set to features (M, F) of the test images.
+        train: features (N, F) of the training images by name of the set.
+        test: features (M, F) of the test images by name of the set.
         train_labels: int64 (N,).
         test_labels: int64 (M,).
         seed: seed of the validation part.
-        layers: result of `layer_accuracies`, where the best was chosen before; None chooses here.
+        layers: result of an earlier call of `layer_accuracies`; None calls it here.
 
     Returns:
         {"linear", "knn"}, each with accuracy and standard_error (percent), features (the chosen set), correct

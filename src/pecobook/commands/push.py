@@ -100,7 +100,7 @@ class _About:
         self.environment = read_if_valid(run / "environment.json") or {}
         log = run / "metrics.jsonl"
         self.metrics = read_metrics(log) if log.is_file() else []
-        if "command" not in self.settings:  # an export folder alone, whose config.json is that of the network
+        if "command" not in self.settings:  # only an export folder, whose config.json is that of the network
             self.settings = {}
 
     @property

@@ -43,7 +43,7 @@ def begin_or_resume(
     """Create the folder, or continue it if its data are unchanged; return its lock.
 
     Args:
-        folder: as of `resumed_folder`.
+        folder: the result of `resumed_folder`.
         config: the settings of the command.
         splits: the images of --data.
         settings: the content of the marker.

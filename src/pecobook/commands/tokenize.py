@@ -184,7 +184,7 @@ def _open_tokenizer(config: TokenizeConfig) -> Any:
 
 def _check_resume(config: TokenizeConfig, bank_config: dict[str, Any], _content: object = None) -> None:
     out, flag = Path(config.out), "--resume" if config.resume else "--shard"
-    if (out / record.FILE).is_file():  # the record says more of the images than their fingerprint
+    if (out / record.FILE).is_file():  # the record says more about the images than their fingerprint
         bank_config = {name: value for name, value in bank_config.items() if name not in OF_IMAGES}
     changed = bank_differences(read_bank_config(out), bank_config)
     if changed:
@@ -221,7 +221,7 @@ def _begin(config: TokenizeConfig, ready: _Ready) -> FolderLock:
     def write(out: Path) -> None:
         news: record.Record | None = now
         accept = config.accept_data_change
-        if (out / "config.json").is_file():  # a bank that is continued has the same
+        if (out / "config.json").is_file():  # a resumed bank has the record already
             notes, news = compare_data(out, now, data=config.data, of="the token bank", accept=accept, may_accept=False)
             for note in notes:
                 say(note)

@@ -11,5 +11,5 @@ sampler.py                          the order of images and the keys, without st
 stream.py, loading.py, batch.py     from positions to batches, in several processes
 summary.py, record.py               what a source holds, and whether it has changed
 tokens.py                           the token bank, which replays the codes of views
-dense/                              the same way for images with masks or objects
+dense/                              the same for images with masks or objects
 """

@@ -227,7 +227,7 @@ def notes_on_frames(images: ImageSource) -> tuple[str, ...]:
         numbers = np.flatnonzero(images.labels == label)[[0, -1]].tolist()
         try:
             files = [images.file(number) for number in numbers]
-        except BadImage:  # of a table or a shard
+        except BadImage:  # in a table or a shard
             return ()
         folders = {file.parent for file in files if isinstance(file, Path)}
         if len(folders) < 2 or not all(map(_holds_frames, folders)):

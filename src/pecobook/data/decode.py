@@ -98,7 +98,7 @@ def decode(data: bytes, *, name: str = "image", value_range: Range | None = None
         BadImage: the bytes are empty, not an image, truncated or otherwise damaged; the image has more than
             `max_pixels()` pixels; or its values have no stated range.
     """
-    max_pixels()  # an invalid limit is no fault of the image
+    max_pixels()  # an invalid limit is not the image's fault
     if not data:
         raise BadImage(name, "empty file")
     if data.startswith(b"version https://git-lfs"):
@@ -227,7 +227,7 @@ def _decoders() -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.frombuffer(b"0", dtype=torch.uint8)  # torch warns once of memory that is not writable: no decoder writes
+        torch.frombuffer(b"0", dtype=torch.uint8)  # torch warns once about read-only memory: no decoder writes
     operators = {"JPEG": "decode_jpeg", "WEBP": "decode_webp"}
     return {kind: getattr(torch.ops.image, name) for kind, name in operators.items() if hasattr(torch.ops.image, name)}
 
@@ -360,7 +360,7 @@ def header_size(file: Path | bytes) -> tuple[int, int] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                tags = getattr(image, "tag_v2", {})  # Pillow gives the size of a TIFF as it is when turned
+                tags = getattr(image, "tag_v2", {})  # Pillow gives the size of a TIFF after rotation
                 width, height = tags.get(_WIDTH, image.width), tags.get(_HEIGHT, image.height)
                 if image.format == "PNG" and _has_late_metadata(image):
                     image.load()

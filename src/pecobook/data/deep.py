@@ -25,7 +25,7 @@ Values = npt.NDArray[np.generic]
 Pixels = npt.NDArray[np.uint8]
 
 _DEPTHS = tuple(range(8, 33, 2))
-"""Bit depths of usual sensors and files; at two bits between them, values up to the largest fill a quarter or more."""
+"""Bit depths of common sensors and files; as they are two bits apart, values fill a quarter of the range or more."""
 _VALUES = 4096
 """Number of values per image that a survey keeps."""
 _OTHERS, _DRAFT = 8, 256
@@ -97,7 +97,7 @@ def is_signed_byte(image: Image) -> bool:
 
 
 def to_8_bits(deep: DeepImage, value_range: ValueRange) -> Pixels:
-    """Map values to uint8 (H, W, C): `low` becomes 0 and `high` 255, NaN becomes 0; transparency is put on white."""
+    """Map values to uint8 (H, W, C): `low` becomes 0 and `high` 255, NaN becomes 0; alpha is composited on white."""
     low, high = value_range
     height, width, channels = deep.values.shape
     pixels = np.empty(deep.values.shape, np.uint8)
@@ -202,7 +202,7 @@ def _read_one_channel(image: Image) -> DeepImage:
         sample_format = tags.get(_SAMPLE_FORMAT, 1)
         sample_format = sample_format[0] if isinstance(sample_format, tuple) else sample_format
         if tags and sample_format != _SIGNED:
-            values = values.view(np.uint32)  # Pillow takes the largest values for negative numbers
+            values = values.view(np.uint32)  # Pillow reads the largest values as negative numbers
         if image.format == "PPM":
             natural_range = FULL_16_BITS
     transparent = image.info.get("transparency")

@@ -92,7 +92,7 @@ class FileStore(Store):
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
             first = int(part.min())
-            near = self._paths[first : int(part.max()) + 1]  # `take` copies all that it chooses from
+            near = self._paths[first : int(part.max()) + 1]  # `take` copies everything it selects from
             yield near.take(arrow_integers(part - first)).to_pylist()
 
 
@@ -158,7 +158,7 @@ def folder_contents(source: str, root: Path) -> Contents:
     folders declare splits and classes; layout.py states the rules. A single folder, such as "images", is not a class.
 
     Raises:
-        DataError: the folder holds no readable file, or it cannot be told whether folders are splits or classes.
+        DataError: the folder holds no readable file, or it is unclear whether folders are splits or classes.
     """
     listing = made_by_first_rank(f"listing of {root}", lambda: walk(root))
     counts = {"image": len(listing.group_of), "tar": len(listing.shards), "parquet": len(listing.tables)}
@@ -167,7 +167,7 @@ def folder_contents(source: str, root: Path) -> Contents:
     if num_rows >= counts["image"]:
         weights["image"] = 0
     kind = max(weights, key=lambda name: weights[name])  # a table next to each shard is the shard's metadata
-    left_out = Counter(listing.left_out)  # the listing may serve another time
+    left_out = Counter(listing.left_out)  # the listing may be used again
     for other, count in counts.items():
         if other != kind and count and not (other == "image" and has_paths):
             left_out[f"{other} file beside {kind} files"] += count
@@ -254,7 +254,7 @@ def walk(root: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> Listing:
             below += [(folder + name + b"/", (*group, os.fsdecode(name))) for name in files[kind]]
         masks = masks_among(names := files[_FILE])
         names.reverse()
-        while names:  # each is let go when it is in the list: a folder may hold ten million
+        while names:  # each is freed once it is in the list: a folder may hold ten million
             name = names.pop()
             if name in masks:
                 listing.left_out[BESIDE_ITS_IMAGE] += 1
@@ -314,7 +314,7 @@ def _entries(folder: bytes, left_out: Counter[str]) -> dict[int, list[bytes]]:
 
 
 def _kind_of_link(entry: os.DirEntry[bytes]) -> int | None:
-    """Return what a link leads to; None for nothing, and for what is neither a file nor a folder."""
+    """Return what a link leads to; None if that is missing, or neither a file nor a folder."""
     try:
         return _LINKED_FOLDER if entry.is_dir() else _FILE if entry.is_file() else None
     except OSError:  # a link to itself

@@ -1,4 +1,4 @@
-"""Formats of images that Pillow does not know by itself, as plugins of Pillow: .npy, HEIC, and more types in TIFF.
+"""Pillow plugins for image formats that Pillow itself does not read: .npy, HEIC, and more types in TIFF.
 
 With a plugin, such a file has a size, a mode and a limit on pixels as every image has, and 16-bit values keep their
 range.
@@ -36,7 +36,7 @@ _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
 @functools.cache
 def register() -> None:
-    """Teach Pillow the formats of this module."""
+    """Register the formats of this module with Pillow."""
     Image.init()
     Image.register_open(DeepTiff.format, DeepTiff, lambda prefix: prefix[:4] in _TIFF_SIGNATURES)
     Image.register_open(NumpyFile.format, NumpyFile, lambda prefix: prefix.startswith(b"\x93NUMPY"))
@@ -105,7 +105,7 @@ class DeepTiff(ImageFile.ImageFile):
     def _page(self) -> Any:
         import tifffile
 
-        logging.getLogger("tifffile").disabled = True  # it tells of damage, which becomes the reason of a bad image
+        logging.getLogger("tifffile").disabled = True  # it reports damage, which becomes the reason of a bad image
         assert self.fp is not None
         self.fp.seek(0)
         try:

@@ -1,4 +1,4 @@
-"""Images that Python code gives: a data set of torch, or a list of files, for one split or for several by name."""
+"""Images passed from Python code: a torch data set, or a list of files, for one split or for several by name."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class DatasetStore(Store):
             item = self.dataset[row]
             image = item["image"] if isinstance(item, Mapping) else item[0] if isinstance(item, list | tuple) else item
             return as_bytes(image)
-        except Exception as error:  # of code that is not ours: one image that fails is no reason to stop a run
+        except Exception as error:  # from the user's code: one image that fails must not stop a run
             raise BadImage(self.identify(row), first_line(error)) from error
 
     def content(self, row: int) -> bytes:
@@ -101,11 +101,11 @@ class DatasetStore(Store):
 
 
 def as_bytes(image: Any) -> Tensor:
-    """Convert an image to uint8 (3, H, W): of Pillow, an array (H, W[, C]) of bytes, or a tensor (C, H, W).
+    """Convert a Pillow image, an array (H, W[, C]) of bytes, or a tensor (C, H, W) to uint8 (3, H, W).
 
     Tensors are bytes, or floats in [0, 1]. Raises ValueError for anything else.
     """
-    if hasattr(image, "convert"):  # of Pillow
+    if hasattr(image, "convert"):  # a Pillow image
         image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:

@@ -2,8 +2,8 @@
 
 The rules, in this order. "Folder" always means a folder with images in it or below it.
 
-1. Folders of masks are not used: `masks/` beside `images/`, and beside nothing else, or `train_masks/` beside `train/`
-   or `train_images/`.
+1. Folders of masks are not used: `masks/` next to `images/` and nothing else, or `train_masks/` next to `train/` or
+   `train_images/`.
 2. Wrappers are entered: a level with one folder and no image, such as the folder of an archive or `images/`. The
    folders in a wrapper named `train` are classes, unless all of them declare splits.
 3. The level then reached declares splits if `names.split_folders` says so: training images and validation or test
@@ -13,9 +13,9 @@ The rules, in this order. "Folder" always means a folder with images in it or be
 4. If each folder of the level declares splits itself (`cat/train`, `cat/test`, `dog/train`, ...), it is a class.
    If only some of them do, or if these splits have the same class folders (`fold1/train/cat`, `fold2/train/cat`), the
    source is refused, because training and held-out images would be mixed.
-5. Otherwise the folders of the level are classes, also one that is called "test" or "training". The source is refused
-   if such a folder looks like a split: it has the classes of its neighbours as subfolders, or those of the one other
-   folder beside it. A note names folders that are taken for classes though all have the same subfolders.
+5. Otherwise the folders of the level are classes, even one called "test" or "training". The source is refused if such a
+   folder looks like a split: it has the classes of its neighbours as subfolders, or those of the one other folder
+   beside it. A note names folders that are taken for classes though all have the same subfolders.
 6. Wrappers are entered again in each split: `train/images/`, `seg_train/seg_train/`. The folders below are the classes.
 """
 
@@ -44,7 +44,7 @@ from pecobook.data.source import Note, Store
 from pecobook.errors import DataError, some_of
 
 Folder: TypeAlias = tuple[str, ...]
-"""The names on the way from the source to a folder."""
+"""The names on the path from the source to a folder."""
 
 _IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 _IMAGES = IMAGE_FOLDERS | {""}
@@ -74,7 +74,7 @@ def read_layout(source: str, folders: Sequence[Folder]) -> Layout:
     """Read the splits and the classes from folders that hold images directly, by the rules at the top of this file.
 
     Raises:
-        DataError: it cannot be told whether folders are splits or classes.
+        DataError: it is unclear whether folders are splits or classes.
     """
     layout = Layout([""] * len(folders), [None] * len(folders))
     masks = _mask_folders(folders)
@@ -160,7 +160,7 @@ def _mask_folders(folders: Sequence[Folder]) -> set[int]:
 def _is_mask_of(name: str, names: set[str]) -> bool:
     """Return whether a folder contains the masks of a neighbouring folder, given the names of all of them."""
     if name in _MASKS:
-        images = IMAGE_FOLDERS | {"data"}  # "data" beside masks alone: FiftyOne
+        images = IMAGE_FOLDERS | {"data"}  # "data" next to masks only: FiftyOne
         return names <= images | _MASKS and bool(names & images)
     split, kind = _split_and_kind(name)
     return kind in _MASKS and any(_split_and_kind(other) in {(split, image) for image in _IMAGES} for other in names)

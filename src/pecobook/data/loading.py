@@ -66,7 +66,7 @@ def plan(sample_bytes: int, workers: int, room: int) -> tuple[int, int]:
     Args:
         sample_bytes: bytes of a sample; 0 if unknown.
         workers: number of processes.
-        room: free bytes of shared memory, of which other runs need their share too.
+        room: free bytes of shared memory, which other runs use too.
     """
     budget = min(_AHEAD_BYTES, room // 4)
     if not sample_bytes:
@@ -142,7 +142,7 @@ class Batches(Iterator[Any]):
         handler = signal.getsignal(signal.SIGCHLD)
         self._loader: Any = iter(()) if next(iter(places), None) is None else iter(loader)
         if threading.current_thread() is threading.main_thread():
-            # PyTorch's own handler raises at any place; another loader of this process may have set it before.
+            # PyTorch's own handler raises anywhere; another loader of this process may have set it before.
             is_ours = handler is not None and not getattr(handler, "__module__", "").startswith("torch.")
             signal.signal(signal.SIGCHLD, handler if is_ours else signal.SIG_DFL)
 
@@ -205,7 +205,7 @@ def _start_method() -> str | None:
 
 def _sample_bytes(dataset: Any, places: Iterable[list[Any]], collate: Callable[[list[Any]], Any]) -> int:
     """Return the bytes of the first sample's tensors; 0 if it cannot be read, or if there is none."""
-    with contextlib.suppress(Exception):  # raised again where its batch is asked for
+    with contextlib.suppress(Exception):  # raised again when its batch is requested
         return _num_bytes(collate([dataset[next(iter(places))[0]]]))
     return 0
 

@@ -84,7 +84,7 @@ def _file(folder: Path, size: int, write: Callable[[IO[bytes]], object]) -> mmap
     with tempfile.TemporaryFile(dir=folder) as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())  # which also raises what a full disk on the network answers late
+        os.fsync(file.fileno())  # which also raises delayed errors, such as that of a full network disk
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 

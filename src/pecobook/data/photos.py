@@ -102,7 +102,7 @@ def open_photos() -> Splits:
     grids = {}
     labels_by_photo, held_out_by_photo = [], []
     for number, name in enumerate(PHOTOS):
-        with Image.open(_path(name)) as image:  # reads the header alone
+        with Image.open(_path(name)) as image:  # reads only the header
             width, height = _reduced_size(*image.size)
         down, across = height // TILE, width // TILE
         grids[name] = (down, across)

@@ -209,7 +209,7 @@ def _stat_all(root: bytes, names: Any) -> tuple[Integers, Integers]:
 
     def stat_block(start: int) -> None:
         for number, name in enumerate(names[start : start + _BLOCK].to_pylist(), start):
-            with contextlib.suppress(OSError, ValueError):  # a text in a table that is no path
+            with contextlib.suppress(OSError, ValueError):  # a text in a table that is not a path
                 status = os.stat(os.path.join(root, name))  # noqa: PTH116, PTH118 (bytes, a million times)
                 found[:, number] = status.st_size, status.st_mtime_ns
 
@@ -220,7 +220,7 @@ def _stat_all(root: bytes, names: Any) -> tuple[Integers, Integers]:
 def _in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     if len(items) < 2:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(_THREADS) as threads:  # which would keep a thing of a kilobyte for each of all items
+    with ThreadPoolExecutor(_THREADS) as threads:  # which would keep a kilobyte for each item
         starts = range(0, len(items), _BLOCK)
         return [result for start in starts for result in threads.map(work, items[start : start + _BLOCK])]
 
@@ -238,7 +238,7 @@ class Comparison:
         same_names: whether both contain the same names.
         note: a sentence if everything but the times is the same, as in a copy.
         record: the current record, with the content hashes that the earlier one had for unchanged files.
-        is_new: whether `record` contains more than the earlier one or something else.
+        is_new: whether `record` contains more than, or something other than, the earlier one.
     """
 
     differences: tuple[str, ...]
@@ -254,7 +254,7 @@ class Comparison:
 def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Comparison:
     """Compare an earlier record with the current one; contents are read if only times differ.
 
-    If less than half of the times differ, files were written in place: each one with a known content hash is read, and
+    If fewer than half of the times differ, files were written in place: each one with a known content hash is read, and
     one without counts as changed. If most differ, the folder was copied or mounted in another way: the sample decides.
 
     Args:

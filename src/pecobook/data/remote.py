@@ -97,7 +97,7 @@ class RemotePath(PosixPath):
         """
         data, before = _fetch(self.url, start, stop), _info(self.url)
         if time.monotonic() - _asked[self.url] > _ASKED_AGAIN:
-            _system(self.url).invalidate_cache()  # of listings, from which some would answer
+            _system(self.url).invalidate_cache()  # of listings, from which some systems would answer
             del _infos[self.url]
             if _version(_info(self.url)) != _version(before):
                 raise DataError(
@@ -211,12 +211,12 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
             return request(system)
         except DataError:
             raise
-        except Exception as error:  # each library has exceptions of its own for lost connections
+        except Exception as error:  # each library has its own exceptions for lost connections
             refuse(url, error)
             pause = max(pause, asked_pause(error))
             if time.monotonic() + pause > end:
                 raise DataError(f"'{shown(url)}' cannot be read: {reason_of(error)}.") from error
-            time.sleep(max(pause * random.uniform(0.5, 1), asked_pause(error)))  # so that not all come back at once
+            time.sleep(max(pause * random.uniform(0.5, 1), asked_pause(error)))  # so that not all retry together
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -302,13 +302,13 @@ def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
         return data
     first, block = number * BLOCK, None
     try:
-        with locked(file, number):  # another process may be at it
+        with locked(file, number):  # another process may be requesting it
             data = read_cached(file, start, stop)
             if data is None:
                 block = path.request(first, min(first + BLOCK, path.size))
                 with into_cache(file) as unfinished:
                     unfinished.write_bytes(block)
-    except OSError as error:  # no room, or no writable cache: the bytes themselves will do
+    except OSError as error:  # no space, or no writable cache: the bytes are used directly
         say_not_kept(error)
     if data is not None:
         return data

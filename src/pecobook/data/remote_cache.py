@@ -58,7 +58,7 @@ def into_cache(file: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
-    _count_written(size)  # which may remove the file again, where it is larger than the cache
+    _count_written(size)  # which may remove the file again, if it is larger than the cache
 
 
 def say_not_kept(error: OSError) -> None:

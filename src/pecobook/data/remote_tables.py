@@ -83,14 +83,14 @@ class RowGroups:
         path, number = self._files[self._group_of[group][0]], self._group_of[group][1]
         file, table = path.cached(f"{self._column}-{number:06d}.arrow"), None
         try:
-            with locked(file, number):  # another process may be at it
+            with locked(file, number):  # another process may be requesting it
                 with contextlib.suppress(OSError, pa.ArrowException):  # absent, or cut short when the power failed
                     table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
                     os.utime(file)
                 if table is None:
                     table = self._request(path, number)
                     table = _keep(table, file)
-        except OSError as error:  # no room, or no writable cache: the row group itself will do
+        except OSError as error:  # no space, or no writable cache: the row group is used directly
             say_not_kept(error)
             table = self._request(path, number) if table is None else table
         return table.column(self._column)

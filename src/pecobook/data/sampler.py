@@ -86,7 +86,7 @@ def permute_windows(index: int, size: int, window: int, permutation_key: int) ->
     first = number * runs * length
     inside = permute(inside, min(runs * length, size - first), key(permutation_key, number))
     run, offset = divmod(first + inside, length)
-    if run < size // length:  # the numbers that are left over form the last run
+    if run < size // length:  # the remaining numbers form the last run
         run = permute(run, size // length, permutation_key)
     return (run * length + offset + permutation_key) % size
 

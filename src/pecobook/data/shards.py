@@ -38,7 +38,7 @@ _INDEX_VERSION = 4  # a new number invalidates the cached indices
 _MAX_NOTES = 5
 _PART = 2**16  # rows that are hashed at a time
 _THREADS = 8  # remote shards whose headers are read at once
-_SAME_TIME = 2.0  # seconds; some file systems forget the fraction of a second of a file's time
+_SAME_TIME = 2.0  # seconds; some file systems drop fractions of a second from file times
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
@@ -197,9 +197,9 @@ def _labels(
     """
 
     def number(text: str) -> float:
-        if "_" in text:  # which Python takes for a separator of digits
+        if "_" in text:  # which Python accepts between digits
             raise ValueError
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)  # floats would join large numbers
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)  # floats would merge large numbers
 
     used = np.unique(numbers[numbers >= 0])
     if not len(used):
@@ -259,7 +259,7 @@ def make_index(source: str, shards: list[Path]) -> Any:
     notes: list[str] = []
     is_remote = any(isinstance(shard, RemotePath) for shard in shards)
     with ThreadPoolExecutor(_THREADS if is_remote else 1) as threads:
-        indices = threads.map(index_shard, shards)  # each is let go when it is in the table
+        indices = threads.map(index_shard, shards)  # each is freed once it is in the table
         for number, shard in enumerate(shards):
             try:
                 found = next(indices)

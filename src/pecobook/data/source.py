@@ -71,7 +71,7 @@ class Store:
         data = self.encoded(row)
         try:
             return decode(data, value_range=self.value_range, shortest=shortest)
-        except BadImage as error:  # a name takes time, and is needed here alone
+        except BadImage as error:  # getting the name takes time, and only this case needs it
             raise BadImage(self.identify(row), error.reason) from error.__cause__
 
     def sample(self, row: int, shortest: int = 0) -> tuple[Any, ...]:
@@ -240,7 +240,7 @@ class ImageSource:
 
 
 class Note(str):
-    """A sentence on a source, with its topic; a plain sentence is about nothing that `pecobook check` looks for.
+    """A sentence on a source, with its topic; a plain sentence is about nothing that `pecobook check` reports.
 
     Attributes:
         kind: "lost labels" or "lost images", which would be learned wrongly; "one class"; or "empty classes".

@@ -26,11 +26,10 @@ from pecobook.data.views import NamedViews, center_crop, shortest_side
 from pecobook.errors import DataError
 from pecobook.utils.devices import cores
 
-# A view function maps (uint8 image (C, H, W), key of this view) to tensors under names of `Batch`; where the source has
-# more of an image than its pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape between
-# images.
+# A view function maps (uint8 image (C, H, W), key of this view) to tensors under names of `Batch`; if the source has
+# more than the pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape between images.
 ViewFunction: TypeAlias = Callable[..., dict[str, Any]]
-# What goes with a sample beside its view: (number of the image, of its view) to named tensors. It may raise BadImage.
+# What a sample holds besides its view: maps (number of image, of view) to named tensors. It may raise BadImage.
 Companion: TypeAlias = Callable[[int, int], dict[str, Tensor]]
 
 _GIVE_UP_AFTER = 100
@@ -246,7 +245,7 @@ def central_crops(
 
 
 def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tuple[Tensor, Tensor | None, list[str]]:
-    """Return everything that `central_crops` yields, at once.
+    """Return everything that `central_crops` yields, joined.
 
     Returns:
         images uint8 (N, C, size, size), labels int64 (N,) or None, and what could not be read.
@@ -256,7 +255,7 @@ def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tup
         skipped += batch["skipped"]
         if "image" in batch:
             read = batch["image"]
-            if not count:  # room for all from the start: joined at the end, they would be there twice
+            if not count:  # allocated whole: joining parts at the end would need twice the memory
                 images = read.new_empty(min(limit or len(source), len(source)), *read.shape[1:])
             images[count : count + len(read)] = read
             labels += [batch["label"]] if source.labels is not None else []

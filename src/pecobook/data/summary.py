@@ -29,7 +29,7 @@ SAMPLE_IMAGES = 256
 SAMPLE_MASKS = 64
 _SAMPLE_SECONDS = 2.0  # on a slow disk the sample ends here
 _LISTED_CLASSES = 6
-_FEW_IMAGES = 20_000  # of so many the names of files are compared
+_FEW_IMAGES = 20_000  # file names are compared for up to this many images
 Lines = list[tuple[str, str]]
 
 
@@ -55,7 +55,7 @@ class Look:
 
 
 def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> Look:
-    """Look at image `index`.
+    """Inspect image `index`.
 
     Args:
         source: the source of the image.
@@ -67,7 +67,7 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
     try:
         file = source.file(index)
         if isinstance(file, Path):
-            check_regular(file.stat(), name)  # whoever opens a named pipe waits for ever
+            check_regular(file.stat(), name)  # opening a named pipe would block forever
         if whole or file is None:
             image = source.read(index)
             size = (int(image.shape[1]), int(image.shape[2]))
@@ -95,7 +95,7 @@ def _digest(path: bytes) -> bytes:
 
 
 def _pixels_per_value(source: SegmentationSource, index: int) -> dict[int, int]:
-    """Return the number of pixels of each value of a mask. Raises BadImage, also where the mask's size is wrong."""
+    """Return the number of pixels of each value of a mask. Raises BadImage, also if the mask's size is wrong."""
     values, (height, width) = source.read_values(index)
     if values.shape != (height, width):
         text = f"is {values.shape[1]} x {values.shape[0]}, but its image is {width} x {height}"

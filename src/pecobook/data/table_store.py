@@ -24,7 +24,7 @@ class TableStore(Store):
             looked up next to the file that contains the row.
         column: the name of the column.
         files: (name, number of rows) of the files that hold the rows, in order.
-        identity: text that identifies the table; it goes into the fingerprint.
+        identity: text that identifies the table; it is part of the fingerprint.
     """
 
     def __init__(self, images: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> None:
@@ -74,7 +74,7 @@ class TableStore(Store):
         numbers = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
         yield from (os.fsencode(self._names[number]) for number in numbers)
         for row, path in paths_in_rows(self._images.data.column(self._column), rows):
-            with contextlib.suppress(ValueError):  # a text that is no path
+            with contextlib.suppress(ValueError):  # a text that is not a path
                 yield os.fsencode(file_of_path(self._folder_of(row), path))
 
     def num_bytes(self) -> int:

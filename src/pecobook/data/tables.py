@@ -61,7 +61,7 @@ def parquet_contents(source: str, files: list[Path], root: Path | None = None) -
     parts: dict[str, Part] = {}
     left_out: dict[str, int] = {}
     for split, all_numbers in groups.items():
-        numbers = [number for number in all_numbers if footers[number].num_rows]  # `datasets` cannot read no rows
+        numbers = [number for number in all_numbers if footers[number].num_rows]  # `datasets` cannot read 0 rows
         if not numbers and split == "train":
             raise DataError(f"--data '{source}': '{files[all_numbers[0]]}' has no rows.")
         if not numbers:
@@ -177,7 +177,7 @@ def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]
                 cache_dir=str(cache),
                 writer_batch_size=_BATCH,
             )
-    except Exception as error:  # datasets wraps all errors of Arrow in exceptions of its own
+    except Exception as error:  # datasets wraps all Arrow errors in its own exceptions
         raise DataError(
             f"--data '{source}': the parquet files of {split} cannot be loaded: {_first_line(error)}."
             f"{differences(files, schemas, columns) or damage(files, columns)}"
@@ -234,7 +234,7 @@ def load_hub(source: str) -> tuple[dict[str, tuple[str, str, str, Any]], dict[st
     name, _, config = source.removeprefix("hf:").partition(":")
     try:
         loaded = load_dataset(name, config or None)
-    except Exception as error:  # network, hub, gated, unknown name, builder: each library raises exceptions of its own
+    except Exception as error:  # network, hub, gated, unknown name, builder: each library raises its own exceptions
         raise DataError(
             f"--data '{source}' cannot be loaded from the Hugging Face hub: {_first_line(error)}\n"
             "Check the name (hf:owner/name or hf:owner/name:config), the network, and your access to a gated data set; "
@@ -333,7 +333,7 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: Table
     if not (dtype.startswith(("int", "uint", "float")) or dtype in ("bool", "null", *_TEXTS)):
         return None, Note(f"the column '{column}' holds {feature}, which is no class", "lost labels")
     numbers, values = distinct_values(table.select_columns([column]).with_format("arrow")[:].column(column))
-    if dtype.startswith("float"):  # as pandas stores whole numbers beside a missing one
+    if dtype.startswith("float"):  # as pandas stores integers if one is missing
         wrong = first_and_count(numbers, [not is_missing(value) and value % 1 != 0 for value in values])
         if wrong is not None:
             value, row = values[numbers[wrong[0]]], store.identify(wrong[0])

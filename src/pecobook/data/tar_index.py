@@ -1,4 +1,4 @@
-"""Finds the images and labels in a tar shard (WebDataset), also in one that is damaged or joined from several.
+"""Finds the images and labels in a tar shard (WebDataset), even in one that is damaged or concatenated from several.
 
 Members with the same name up to a dot form a sample: "1.jpg", "1.cls", "1.json", "1.seg.png". Which dot ends the name
 depends on the shard, because names may hold dots themselves ("my.photo.jpg"):
@@ -10,7 +10,7 @@ depends on the shard, because names may hold dots themselves ("my.photo.jpg"):
 - The label is the content of the `.cls` member, or the value of "label" in the `.json` member, with the image's name up
   to its last dot, or else up to its first dot.
 
-A shard may be several archives one behind the other (`cat a.tar b.tar`); each has its own samples. Links to members are
+A shard may be several archives one after the other (`cat a.tar b.tar`); each has its own samples. Links to members are
 read as what they lead to. After a damaged header, reading continues at the next one that is valid.
 """
 
@@ -32,11 +32,11 @@ from pecobook.data.remote import RemoteReader
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = 257
-"""Where a header says "ustar"."""
+"""Offset of the text "ustar" in a header."""
 _MAX_SEARCH = 2**28
-"""Bytes of a file in which a header is sought, if the first one is damaged."""
+"""Number of bytes of a file that are searched for a header if the first one is damaged."""
 _MAX_LABEL = 2**24
-"""Bytes of a member that may hold a label."""
+"""Maximum size of a member that may hold a label, in bytes."""
 
 
 class IndexedImage(NamedTuple):
@@ -130,7 +130,7 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
     except tarfile.ReadError:
         start, _ = _next_header(file, _BLOCK, min(end, _MAX_SEARCH))
         if start is None:
-            raise  # no tar file
+            raise  # not a tar file
         index.notes.append(f"{shard} is damaged at byte 0: {start:,} bytes are skipped.")
         index.left_out["damaged header"] += 1
         file.seek(position := start)
@@ -139,7 +139,7 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
         first_unread = position
         try:
             member = tar.next()
-        except (tarfile.TarError, ValueError):  # the end of the file, or damage behind a header of extended data
+        except (tarfile.TarError, ValueError):  # the end of the file, or damage after a header of extended data
             member, first_unread = None, position + _BLOCK
         if member is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # otherwise a kilobyte stays in memory for each member
@@ -185,7 +185,7 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
 def _next_header(file: IO[bytes], position: int, end: int) -> tuple[int | None, int]:
     """Return where the next valid header begins (None if there is none), and how many bytes before it are not zero.
 
-    Headers follow in steps of 512 bytes, but behind an archive that was cut another one begins anywhere.
+    Headers follow in steps of 512 bytes, but after a truncated archive another one may begin anywhere.
     """
     skipped = 0
     for start in range(position, end, _BLOCK):
@@ -290,7 +290,7 @@ def _continues(stem: str, stems: set[str]) -> bool:
 
 
 def _read_label(file: IO[bytes], member: _Member, *, is_json: bool) -> str | None:
-    # Bytes that are no text in UTF-8 stay apart: two names must not become one.
+    # Bytes that are not valid UTF-8 stay distinct: two names must not become one.
     text = _pread(file, member.size, member.offset).decode("utf-8-sig", "backslashreplace").strip("\0 \r\n\t")
     if not is_json:
         return text or None

@@ -181,10 +181,10 @@ class TokenBank:
             raise DataError(
                 f"{sentence}\nDelete that file and continue with the command that made the bank and --resume."
             )
-        # A checksum says that the shard is what a tokenizer wrote; others may hold any codes.
+        # A checksum shows that a shard is what a tokenizer wrote; one without may hold any codes.
         for layout in self.layouts.values():
             for number in range(layout.num_shards):
-                codes = self.shard(layout.split, number)  # of another bank's shard the shape differs
+                codes = self.shard(layout.split, number)  # a shard of another bank differs in shape
                 if not checksum_file(layout.file(self.folder, number)).exists():
                     self._check_codes(layout.file(self.folder, number), int(codes.max()))
         say(f"token bank '{self.folder}': {size:,.0f} MiB verified in {time.monotonic() - began:.1f} s")

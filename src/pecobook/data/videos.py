@@ -22,16 +22,16 @@ from pecobook.data.decode import BadImage, check_regular, from_pillow, max_pixel
 from pecobook.errors import first_line
 
 Choice = Callable[[int], Sequence[int]]
-"""Maps the number of frames of a video to the numbers of the frames to read, in ascending order."""
+"""Maps the number of frames of a video to the indices of the frames to read, in ascending order."""
 Opened = Callable[[], tuple[Any, Any]]
 """Returns a video file, at its beginning, and its video."""
 _FORWARD = 48
-"""Number of frames that are decoded in passing; for a larger distance the reader seeks."""
+"""Number of frames that are decoded and skipped; over a larger distance the reader seeks."""
 _MISSING = 0.05
 """Share of the frames that a video may lack at its end: the header's length is often slightly wrong."""
 _ROUNDED = 0.1
 """Share of a frame by which a time stamp may be later than its moment: many files store milliseconds."""
-_OPTIONS = {  # a file can name others, also on other machines: only these formats are read, and no other file
+_OPTIONS = {  # a file can refer to others, even remote ones: only these formats are read, and no other file
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf",
     "protocol_whitelist": "file",
 }
@@ -58,7 +58,7 @@ def read_video(path: Path, choose: Choice) -> Tensor:
             def opened() -> tuple[Any, Any]:
                 """Return the file, at its beginning, and its video; "a:b.mp4" alone would be b.mp4 of protocol a."""
                 container = files.enter_context(av.open(f"file:{path}", options=_OPTIONS))
-                cover = av.stream.Disposition.attached_pic  # of a record, which is no video
+                cover = av.stream.Disposition.attached_pic  # album art, which is not a video
                 videos = [each for each in container.streams.video if not each.disposition & cover]
                 if not videos:
                     raise BadImage(name, "it holds no video")
@@ -104,13 +104,13 @@ def _seconds(container: Any, stream: Any) -> Fraction | None:
     """Return a video's length according to its header; None if the header has a number of frames, or neither."""
     formats = container.format.name.split(",")
     if "mpeg" in formats or (stream.frames and "mov" not in formats):
-        return None  # mpeg has few time stamps; the frames of mov are also those in front of an edit list's beginning
+        return None  # mpeg has few time stamps; mov also counts the frames before the start of an edit list
     if stream.duration is not None:
         return Fraction(stream.duration * stream.time_base)
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # of matroska and webm
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # in matroska and webm
     if tag:
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3]) - _start(stream)
-    if container.duration is not None and len(container.streams) == 1:  # else it may be the length of the sound
+    if container.duration is not None and len(container.streams) == 1:  # otherwise it may be the length of the audio
         return Fraction(container.duration, 1_000_000)
     return None
 
@@ -121,7 +121,7 @@ def _start(stream: Any) -> Fraction:
 
 def _num_packets(container: Any, stream: Any, rate: Fraction) -> int:
     """Return the number of frames by counting packets. Raises BadImage if the file ends before its header says."""
-    packets = [  # what is asked of each, because the packets themselves are the whole file
+    packets = [  # only what is needed of each, because the packets hold the whole file
         (
             packet.stream is stream,
             packet.is_corrupt,

@@ -83,7 +83,7 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float, fli
     view = resize(image[:, top : top + height, left : left + width], size, size)
     return (
         view.flip(2) if flip and uniform(view_key, _FLIP_DRAW) < 0.5 else view
-    )  # last, since the view is mostly smaller than the crop
+    )  # last, since the view is usually smaller than the crop
 
 
 def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:
@@ -113,10 +113,10 @@ def shortest_side(view: Callable[..., Any]) -> int:
         arguments = {"size": owner.image_size, "min_area": owner.min_crop}
     if "min_area" in arguments:
         return math.ceil(2 * float(arguments["size"]) / math.sqrt(0.75 * arguments["min_area"]))
-    if "max_size" in arguments:  # of detection, in training
+    if "max_size" in arguments:  # detection, in training
         jitter = arguments["jitter"]
         return math.ceil(2 * float(arguments["canvas"] * jitter[-1] if jitter else max(arguments["scales"])))
-    if "short" in arguments:  # of detection, in evaluation
+    if "short" in arguments:  # detection, in evaluation
         return 4 * int(arguments["short"])
     if getattr(view, "func", None) is central_view:
         return math.ceil(4 * float(arguments["size"]) / float(arguments.get("share", 1.0)))

@@ -35,7 +35,7 @@ def trainable_attention(device: torch.device, kernel: AttentionKernel = "sdpa") 
         return
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device.type]
     with torch.library._scoped_library("aten", "IMPL") as library:
-        # PyTorch before 2.8 lets a rule be replaced without being asked.
+        # PyTorch before 2.8 replaces a rule without this argument.
         allowed = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
         library.impl("scaled_dot_product_attention", rules[device.type], key, **allowed)
         yield

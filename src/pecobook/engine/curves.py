@@ -55,7 +55,7 @@ class Curves(Sink):
             png = self._draw(self._folder / "metrics.jsonl")
             if png:
                 write_atomically(self._folder / "curves.png", png)
-        except Exception as error:  # whatever it is, it must not cost the run, which may be days long
+        except Exception as error:  # no error here may end the run, which may take days
             self._failed = True
             say(f"curves.png was not drawn: {first_line(error)}. The run is not affected.")
         self._outdated = False

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-_MAX_WITHOUT_WORKERS = 2048  # images of a rank
+_MAX_WITHOUT_WORKERS = 2048  # images per rank
 
 
 class Evaluation(NamedTuple):
@@ -62,8 +62,8 @@ def evaluate(
         stage: the stage itself.
         held_out: images to evaluate on.
         reference: training images that the stage compares with, or None.
-        num_images: largest number of held-out images to evaluate.
-        batch_size: largest number of images on a device at once.
+        num_images: maximum number of held-out images to evaluate.
+        batch_size: maximum number of images on a device at a time.
         seed: seed of the random numbers in the forward pass.
         workers: number of data-loading processes; none are started for a few images.
     """

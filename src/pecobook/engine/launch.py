@@ -90,7 +90,7 @@ def num_workers(config: TrainConfig) -> int:
     world, processes = launched(), device_count(config)
     if world is not None and world.launcher == "srun":
         allocated = int(os.environ.get("SLURM_CPUS_ON_NODE", "0"))
-        if len(cores()) * world.local_size <= allocated:  # each task is bound to cores of its own
+        if len(cores()) * world.local_size <= allocated:  # each task is bound to its own cores
             processes = 1
     return default_workers(processes)
 
@@ -223,7 +223,7 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
     devices = device_count(config)
     nodes = max(1, total_devices(config) // devices)
     if torch.cuda.is_available() and torch.cuda.device_count() < devices:
-        # srun has given each process a GPU that it alone sees: each counts as a machine of one GPU.
+        # srun has given each process a GPU that only it sees: each counts as a machine with one GPU.
         devices, nodes = 1, devices * nodes
     kind = _kind(config)
     fabric = Fabric(
@@ -240,7 +240,7 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         os.environ.update(child_environment())
         subprocess_script._launch_process_observer = watch_children  # type: ignore[assignment]
     fabric.launch()
-    # Fabric registers this for NCCL alone. A thread of gloo that outlives Python aborts a process that has finished.
+    # Fabric registers this only for NCCL. A thread of gloo that outlives Python aborts a process that has finished.
     atexit.register(_leave_process_group)
     return fabric
 
@@ -368,7 +368,7 @@ def _filter_warnings() -> None:
     """Hide library warnings that a user can do nothing about."""
     # PyTorch 2.15 renames an argument, and Lightning still passes the old name, which older versions of PyTorch need.
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")
-    # Gradients of 1 x 1 convolutions come in another memory order than DDP's buckets: this costs a copy, no error.
+    # Gradients of 1 x 1 convolutions have another memory layout than DDP's buckets, which costs only a copy.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # PyTorch before 2.14 warns that a rule is overridden, which `engine.attention` does on purpose.
     warnings.filterwarnings("ignore", message="Warning only once for all operators")

@@ -309,7 +309,7 @@ class Progress:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            # A name may hold "[/b]", which is no markup.
+            # A name may contain "[/b]", which is not markup.
             print_above(partial(self._bar.console.print, highlight=False, markup=False))
             self._task = self._bar.add_task(name, total=total, completed=start, left="", status="")
 
@@ -362,7 +362,7 @@ class Progress:
     def close(self) -> None:
         """Stop the bar and leave it on the screen."""
         if self._bar is not None:
-            with contextlib.suppress(OSError):  # the terminal has gone
+            with contextlib.suppress(OSError):  # the terminal is gone
                 self._bar.stop()
             print_above(None)
 

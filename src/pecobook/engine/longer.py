@@ -90,7 +90,7 @@ def begin(out: Path, old: dict[str, Any], config: TrainConfig, num_images: int) 
             f" The learning rates differ after step {common:,}, so the run goes on from its checkpoint of step "
             f"{first:,} and trains the steps to {saved[-1]:,} again. export/ keeps the earlier weights until the end."
         )
-        checkpoint.delete_after(folder, common)  # first: a run killed here goes on from before the cooldown too
+        checkpoint.delete_after(folder, common)  # first: a run killed here also resumes from before the cooldown
     old["max_steps"], old["optim"]["cooldown"] = config.max_steps, config.optim.cooldown
     write_json(out / "config.json", old)
     return note

@@ -132,7 +132,7 @@ class Loop:
         if config.resume:
             folder = self.out / "checkpoints"
             self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
-            # A kill may have come between a checkpoint and this.
+            # The run may have been killed between a checkpoint and this.
             on_first_rank(lambda: checkpoint.delete_old(folder, config.keep_checkpoints, self.cooldown))
         self.probe: Probe | None = None
         self.speed = Speed(
@@ -322,7 +322,7 @@ class Loop:
         for sink in self.sinks:
             sink.log(values, step)
         if self.fabric.device.type == "cuda" and step > self.start + self.config.log_every and not self._advised:
-            # Not of the first steps, which start processes.
+            # Not for the first steps, which start processes.
             text = reading_advice(values["data_wait"], self.workers, len(cores()) // device_count(self.config))
             self._advised = bool(text)
             if text:

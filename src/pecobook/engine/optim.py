@@ -13,7 +13,7 @@ from pecobook.settings.durations import steps
 from pecobook.settings.training import BaseOptimConfig
 
 # Weight decay skips position tables, single tokens and codewords, every vector (biases, norms, LayerScale), and what a
-# network of timm names itself.
+# timm network itself names.
 NO_DECAY = (
     *("*codebook", "*pos_embed", "*cls_token", "*reg_token", "*dist_token", "*mask_token"),
     "*relative_position_bias_table",

@@ -36,7 +36,7 @@ _SHARE = 0.015
 _FIRST = 20
 """Step of the first probe if the interval is chosen: late enough to have measured the time of a step."""
 _EVERY = "probe/every"
-_FEW = 256  # images of a rank that are read without starting processes
+_FEW = 256  # images per rank that are read without starting processes
 
 
 Features: TypeAlias = tuple[Tensor, Tensor | None]

@@ -168,10 +168,10 @@ def _write_settings(
     for note in notes:
         say(note)
     for name, data in files.items():
-        if not (resumes and (out / name).exists()):  # a kill may have come between the two
+        if not (resumes and (out / name).exists()):  # the run may have been killed between the two
             write_atomically(out / name, data)
     _write_environment(out / "environment.json", notes, images)
-    if news is not None:  # after environment.json, which tells of the change
+    if news is not None:  # after environment.json, which records the change
         news.write(out)
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)

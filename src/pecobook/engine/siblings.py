@@ -47,7 +47,7 @@ def lost(reason: str, rank: int) -> LostProcessError:
 
 
 class Siblings:
-    """The connections of this process to the others of its run on its machine.
+    """The connections of this process to the other processes of its run on the same machine.
 
     Args:
         world: the processes of the run.

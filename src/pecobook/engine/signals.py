@@ -29,7 +29,7 @@ class Signals:
     Contexts nest: an inner one returns the outer one, whose handlers stay.
 
     Args:
-        until_exit: whether the process ends after the context, and ignores all of them but SIGINT until it has.
+        until_exit: whether the process ends after the context; until then it ignores all of them except SIGINT.
     """
 
     _outer: ClassVar[Signals | None] = None
@@ -53,7 +53,7 @@ class Signals:
         if self._before:
             Signals._outer = None
         for number, handler in self._before.items():
-            # Python resets handlers of its own before it ends, but not that a signal is ignored.
+            # Python resets its own handlers before it exits, but it does not reset ignored signals.
             leaves = self._until_exit and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if leaves else handler)
 

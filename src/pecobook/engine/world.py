@@ -111,7 +111,7 @@ def is_leader() -> bool:
     world = launched()
     if world is not None:
         return world.rank == 0
-    if "WORLD_SIZE" not in os.environ:  # a rank that is left from something else
+    if "WORLD_SIZE" not in os.environ:  # a rank left over from something else
         return True
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 

@@ -19,25 +19,25 @@ from pecobook.models.huggingface import from_huggingface, is_huggingface
 from pecobook.models.pickles import load_tensors
 from pecobook.utils.checksums import damage
 
-# Dictionaries of weights in the files of training scripts; of several, the first one here is taken. Moving averages and
-# teachers come first, since their authors evaluate and publish those.
+# Dictionaries of weights in the files of training scripts; of several, the first one listed here is used. Moving
+# averages and teachers come first, since their authors evaluate and publish those.
 _WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema", "teacher", "target_encoder"),
     *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "student", "encoder"),
 )
 
-# Of several networks in one dictionary that fit equally well, the authors transfer the one with this part of a name.
-# MoCo's files contain two encoders, DINOv2's two networks, and many a script's a network and its moving average.
+# If several networks in one dictionary fit equally well, the authors transfer the one with this part in its name.
+# MoCo's files contain two encoders, DINOv2's two networks, and many scripts' files a network and its moving average.
 _PREFERRED = re.compile(r"teacher|base_encoder|encoder_q|(^|[._])ema[._]")
 
-# Weights that are left out: heads and parts of a pre-training; attn_pool is SigLIP's pooling, which pecobook replaces
-# by the mean.
+# Weights that are left out: heads and parts of pre-training; attn_pool is SigLIP's pooling, which pecobook replaces by
+# the mean.
 _HEADS = re.compile(
     r"(head|head_dist|heads|fc|classifier|last_linear|lm_head|mask_token|masked_embed|attn_pool|projector|predictor"
     r"|projection_head|prototypes|pooler|decoder\w*)(\.|$)"
 )
 
-# What stands at the beginning of a file that was downloaded in vain, and what the file is.
+# The first bytes of a file that a failed download left, and what the file is.
 _NO_WEIGHTS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the weights: 'git lfs pull' fetches them",
     b"<": "a page of text, not a file of weights: download it again",
@@ -184,7 +184,7 @@ def load_state(
     prefix = _prefix(state, expected)
     fitted = to_timm_names(state, expected)
     if _differences(fitted, expected):
-        # timm reads layouts of further authors and resizes tables of positions.
+        # timm reads further authors' layouts and resizes position tables.
         converted = _convert_by_timm(network, _expand_shared_positions(_without_prefix(state, prefix), expected))
         if converted is not None:
             converted = to_timm_names(converted, expected)

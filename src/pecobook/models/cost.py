@@ -166,7 +166,7 @@ def _backbone(source: str, others: Mapping[str, Any]) -> tuple[str, str]:
         return source.removeprefix("timm:"), "{}"
     settings = to_dict(others[source]) if source in others else read_if_valid(Path(source) / "config.json") or {}
     model = settings.get("model")
-    if model is None:  # a classifier names the network that it began with
+    if model is None:  # a classifier names the network that it started from
         return _backbone(settings["backbone"], others)
     return model["name"].removeprefix("timm:"), model["args"]
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from pecobook.errors import WeightsError, first_line
 
-# What a network raises when it is built or used for a purpose that it does not have.
+# What a network raises when it is built or used for a purpose that it does not support.
 _FAILURES = (RuntimeError, AssertionError, AttributeError, TypeError, ValueError, LookupError, NameError)
 
 
@@ -41,7 +41,7 @@ def dry_run(
 
     Args:
         module: the module, in the mode to be tested.
-        inputs: its arguments: images of a batch of two and what belongs to them.
+        inputs: its arguments: a batch of two images and what belongs to them.
         network: name of the network, for the user.
         purpose: the network's task, as in "read images of 64 pixels".
         remedy: what the user can do; if empty, the network's native image size or another network is suggested.
@@ -107,7 +107,7 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-class _FirstBlockReached(Exception):  # noqa: N818  # ends a forward pass early, and is no error
+class _FirstBlockReached(Exception):  # noqa: N818  # ends a forward pass early, and is not an error
     pass
 
 

@@ -73,7 +73,7 @@ class _Decoder(_Transformer):
         self.patch = patch
         self.out_proj = nn.Linear(self.pos_emb.shape[1], 3 * patch * patch)
         self.out_conv = nn.Sequential()
-        if "decoder.out_conv.0.conv_dw.weight" in state:  # against the borders of patches
+        if "decoder.out_conv.0.conv_dw.weight" in state:  # smooths the borders of patches
             self.out_conv = nn.Sequential(ConvNeXtBlock(3), ConvNeXtBlock(3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class FourMTokenizer(ForeignTokenizer):
     def _encode(self, images: Tensor) -> Tensor:
         latents = self.quant_proj(self.encoder(images * 2 - 1)).float()  # (B, D, h, w)
         B, D, h, w = latents.shape
-        # The nearest of vectors of unit length does not depend on the length of the latent vector.
+        # The nearest unit vector does not depend on the length of the latent vector.
         codewords = F.normalize(self.codebook, dim=1) if self.by_direction else self.codebook
         return nearest_codeword(latents.permute(0, 2, 3, 1).reshape(-1, D), codewords).view(B, h, w)
 
@@ -132,7 +132,7 @@ class FourMTokenizer(ForeignTokenizer):
         file = weights_file("fourm", str(source))
         weights = read_checkpoint(str(file)).state
         state = _state(weights, file)
-        try:  # 4M's codebook by distance keeps averages beside the codewords, that by direction does not
+        try:  # 4M's codebook by distance also holds averages, the one by direction does not
             tokenizer = cls(state, by_direction="quantize._codebook.embed_avg" not in weights)
         except (KeyError, IndexError, ValueError) as error:
             raise WeightsError(f"The weights of '{file}' are no tokenizer of 4M: {error}.") from None

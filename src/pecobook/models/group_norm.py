@@ -47,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
 
     Args:
         channels: number of channels C.
-        group_size: minimum number of channels per group; 0 for 32 groups whatever the number of channels.
+        group_size: minimum number of channels per group; 0 for 32 groups regardless of the number of channels.
         eps: constant added to the variance.
     """
 

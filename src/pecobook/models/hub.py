@@ -66,7 +66,7 @@ def _asked(request: Callable[[], T], repo_id: str) -> T:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # The HTTP library differs between versions of the hub's package; its error of a connection need be no OSError.
+    # The HTTP library differs between versions of the hub's package; its connection errors need not be OSErrors.
     network_errors: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
     try:
         return request()

@@ -34,7 +34,7 @@ _HUGGINGFACE_NAMES = {
 }
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
-# What becomes of the names of transformers, one rule after the other: in files (`encoder.layer.0.intermediate.dense`)
+# How the names of transformers are rewritten, one rule after another: in files (`encoder.layer.0.intermediate.dense`)
 # and in version 5's memory (`layers.0.mlp.fc1`).
 _TIMM_NAMES = [
     (re.compile(pattern), replacement)

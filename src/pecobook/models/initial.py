@@ -276,7 +276,7 @@ def start_head(network: nn.Module, source: str, classes: tuple[str, ...]) -> Sta
 
 
 def start_dense(model: nn.Module, source: str, kind: str, classes: Sequence[str]) -> Start:
-    """Load the weights of a segment or detect run that fit, with tables of relative positions resampled.
+    """Load those weights of a segment or detect run that fit; resample tables of relative positions.
 
     Args:
         model: a segmenter or detector, whose backbone is the run's network.

@@ -66,7 +66,7 @@ def load_inception(file: str = "") -> Inception:
     path = Path(file).expanduser() if file else _downloaded(INCEPTION_FILES, INCEPTION_URL, "--inception-weights")
     state = read_weights(str(path))
     with tempfile.TemporaryDirectory() as folder:
-        # torch-fidelity would unpickle the user's file; this copy holds tensors alone.
+        # torch-fidelity would unpickle the user's file; this copy holds only tensors.
         copy = Path(folder) / "weights.pth"
         torch.save(state, copy)
         try:
@@ -101,7 +101,7 @@ def load_lpips(network: str, file: str = "") -> tuple[nn.Module, WeightsFile]:
     path = Path(file).expanduser() if file else _downloaded((published,), url, "--lpips-weights")
     trunk: nn.Module = getattr(torchvision.models, name)(weights=None)
     load_state(trunk, read_weights(str(path)), source=str(path), needs_head=False)
-    with warnings.catch_warnings():  # of torchvision's former arguments, which lpips passes
+    with warnings.catch_warnings():  # about deprecated torchvision arguments, which lpips passes
         warnings.simplefilter("ignore")
         module: Any = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
     features = trunk.features.state_dict()  # type: ignore[union-attr]

@@ -45,7 +45,7 @@ def network_traits(name: str, args: dict[str, Any] | None = None) -> NetworkTrai
     arguments = {key: value for key, value in (args or {}).items() if key != "img_size"}
     try:
         return _traits(name.removeprefix("timm:"), json.dumps(arguments, sort_keys=True))
-    except Exception:  # unknown names and arguments, which `create_network` explains
+    except Exception:  # unknown names and arguments, which `create_network` reports
         return NetworkTraits(False, False, False, False, {})
 
 

@@ -32,7 +32,7 @@ def architecture_arguments(timm_name: str) -> set[str]:
     return {name for name in names | _BUILDER_ARGUMENTS if name not in own and not name.startswith("pretrained")}
 
 
-# Arguments that functions of timm read on the way to the class.
+# Arguments that timm's functions read before they call the class.
 _BUILDER_ARGUMENTS = {"drop_path_rate", "global_pool", "in_chans", "num_classes", "output_stride"}
 
 

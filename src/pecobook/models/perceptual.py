@@ -75,7 +75,7 @@ class PerceptualDistance(Normalised):
         self.network.eval().requires_grad_(False)
         self.input_size = config.input_size or loaded.input_size
         self.patch = loaded.patch  # side of a plain transformer's patches, pixels; 0 for other networks
-        self.notes = loaded.notes  # lines for the user on what was taken from where
+        self.notes = loaded.notes  # lines for the user on what was loaded from where
         self.set_normalisation(loaded.mean, loaded.std)
 
     def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002

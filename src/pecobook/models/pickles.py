@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pecobook.errors import WeightsError
 
-# Python modules whose objects training scripts save beside the weights, or in a network: settings, numbers, devices.
-# They are not built.
+# Python modules whose objects training scripts save next to the weights, or in a network: settings, numbers, devices.
+# They are not instantiated.
 _SETTINGS_MODULES = (
     *("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections"),
     *("torch", "functools", "collections", "timm", "torchvision", "transformers", "lightning", "pytorch_lightning"),

@@ -134,9 +134,9 @@ class VectorQuantizer(Quantizer):
     idle: Tensor  # int64 (K,), updates since the codeword was last chosen or revived
     # Revival changes ema_count and idle, but not usage and unused.
     _pending: tuple[Tensor, Tensor] | None  # vectors (N, D) and codes (N,) of the last micro-batch
-    _folded: Weighted | None  # what remains of all before
+    _folded: Weighted | None  # the sums of all earlier ones
     _sample: Sample  # of all vectors of the step
-    _num_start_vectors: int  # number of vectors of which k-means had a sample, in the step of the start
+    _num_start_vectors: int  # number of vectors that k-means sampled from in the initial step
 
     def __init__(self, num_codewords: int | VectorQuantizerConfig, dim: int, *, seed: int = 0, **settings: Any) -> None:
         if not isinstance(num_codewords, VectorQuantizerConfig):
@@ -278,10 +278,10 @@ class VectorQuantizer(Quantizer):
         (vectors, codes), self._pending = self._pending, None
         new = Weighted(vectors, codes, vectors.new_ones(len(codes)))
         parts = [new] if self._folded is None else [self._folded, new]
-        is_only = is_last and len(parts) == 1  # whose sums would take memory for nothing
+        is_only = is_last and len(parts) == 1  # its sums would waste memory
         self._folded = new if is_only else merged(parts, self.num_codewords)
         self._sample.add(vectors)
-        if not is_last:  # a view would keep all vectors
+        if not is_last:  # a view would keep all vectors in memory
             self._sample.rows = self._sample.rows.clone()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs once in a training
@@ -335,7 +335,7 @@ class VectorQuantizer(Quantizer):
             num_dead = len(pool)
             longest = self.idle.argsort(descending=True, stable=True)[:num_dead]  # equal on all ranks
             dead = torch.zeros_like(dead).index_fill_(0, longest, True)
-        torch.randint(len(pool), (num_dead,), generator=generator)  # so that seeds choose as they did before
+        torch.randint(len(pool), (num_dead,), generator=generator)  # so that each seed still gives the same choices
         choice = torch.randperm(len(pool), generator=generator)[:num_dead]
         replacements = pool[choice.to(pool.device)]
         mean_count = self.ema_count.sum() / self.num_codewords

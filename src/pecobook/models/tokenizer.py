@@ -270,7 +270,7 @@ class ForeignTokenizer(nn.Module):
         return decoded
 
 
-# Statistics of the quantizer that only training reads. Exports omit them: they contain the codebook alone.
+# Statistics of the quantizer that only training reads. Exports omit them: they contain only the codebook.
 TRAINING_ONLY_BUFFERS = frozenset(
     f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "usage", "unused", "num_updates", "num_revived")
 )

@@ -127,7 +127,7 @@ class ClipNetwork(nn.Module):
         frames: T, the number of frames in a clip.
 
     Raises:
-        WeightsError, AttributeError: the network is not one of timm's ViTs and BEiTs, or has other blocks.
+        WeightsError, AttributeError: the network is not one of timm's ViTs or BEiTs, or has unsupported blocks.
     """
 
     def __init__(self, network: Any, frames: int) -> None:
@@ -195,7 +195,7 @@ class ClipClassifier(Classifier):
         Several crops of each clip, (B, V, T, 3, H, W), give the logarithm of their mean probability.
 
         Raises:
-            ValueError: the shape, the type or the values are others.
+            ValueError: the shape, the type or the values are different.
         """
         if clips.ndim not in (5, 6) or clips.shape[-4] != self.clip.frames:
             raise ValueError(f"Clips must have the shape (B, {self.clip.frames}, 3, H, W), not {tuple(clips.shape)}.")

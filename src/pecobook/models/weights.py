@@ -42,7 +42,7 @@ class Backbone(Exported):
         std: standard deviation for normalising the input, RGB in [0, 1].
         image_size: side of the training images, in pixels; None if the network takes any size.
         target: prediction target of masked pre-training (`tokens` or `pixels`); empty if there was none.
-        notes: lines that tell the user what was taken from where.
+        notes: lines that tell the user what was loaded from where.
         classes: names of the classes of a classifier.
         crop: side of the central square that the network reads, as a fraction of the image's shorter side.
     """
@@ -72,7 +72,7 @@ class Backbone(Exported):
         """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits.
 
         Raises:
-            ValueError: the shape, the type or the values are others.
+            ValueError: the shape, the type or the values are different.
         """
         images = as_images(images, (1, 3)).to(next(self.network.parameters()).dtype)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))

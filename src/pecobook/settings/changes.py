@@ -35,7 +35,7 @@ def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 def _same_file(before: Any, after: Any) -> bool:
     """Return whether two settings are paths of the same file or folder, or patterns of the same files."""
-    with contextlib.suppress(OSError, TypeError, ValueError):  # no paths, or of nothing that is there
+    with contextlib.suppress(OSError, TypeError, ValueError):  # not paths, or paths of nothing that exists
         one, other = Path(before).absolute(), Path(after).absolute()
         return bool(before and after) and (one == other or one.samefile(other))
     return False

@@ -23,12 +23,12 @@ from pecobook.errors import ConfigError, did_you_mean
 from pecobook.settings.config_files import errors_with_lines, read_config
 
 C = TypeVar("C")
-# No setting takes a larger number: those for which a limit of their own is useful state it.
+# No setting accepts a larger number; settings that need a lower limit state it.
 LARGEST = 2**31 - 1
 MAX_WIDTH = 2**16
 """Largest width or depth of a network."""
 
-# `--resume` alone is True; "auto" resumes where there is something to resume, and else starts.
+# `--resume` without a value is True; "auto" resumes if there is something to resume, else starts.
 Resume = bool | Literal["auto"]
 
 _collected: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("collected", default=None)
@@ -274,7 +274,7 @@ def _construct(config: C, values: dict[str, Any], prefix: str, problems: list[st
             problems.append(str(error))
     except Exception:
         if not (refused or has_problems):
-            raise  # otherwise the error followed from values already refused
+            raise  # otherwise the error follows from values already refused
     else:
         if not refused:
             return changed
@@ -348,7 +348,7 @@ def load(default: C, path: str | Path, command: str = "") -> C:
         ConfigError: the file is missing or invalid, or belongs to another command.
     """
     values = read_config(path)
-    values.pop("recipe", "")  # of which `default` has the values
+    values.pop("recipe", "")  # `default` already has its values
     if transform := values.pop("python", {}).get("transform"):
         raise ConfigError(
             f"'{path}': the run took the transform {transform} from Python, which no file holds: call the function of "

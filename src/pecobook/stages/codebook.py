@@ -162,7 +162,7 @@ class CodebookStage(Stage[CodebookConfig]):
         config = self.config.perceptual
         if config.warmup == 0:
             return config.weight
-        # The step comes from a buffer: with a Python integer torch.compile would compile anew at each step.
+        # The step comes from a buffer: with a Python integer torch.compile would recompile at each step.
         return config.weight * ((self.tokenizer.quantizer.num_updates + 1) / (config.warmup + 1)).clamp_max(1.0)
 
     def _adversarial_weight(self) -> float | Tensor:
@@ -263,7 +263,7 @@ class CodebookStage(Stage[CodebookConfig]):
         # The perplexity is needed too: a revived codeword is a vector of the batch, so it is chosen once or twice even
         # when the rest of the codebook has collapsed.
         in_use = metrics["codes_alive"] >= K / 4 and metrics["perplexity"] >= K / 16
-        # Where all vectors lie near a few points, the codewords revived there divide the vectors by noise or rounding:
+        # If all vectors lie near a few points, the codewords revived there divide the vectors by noise or rounding:
         # usage looks even, though the codewords are copies.
         distinct = distinct_codewords(self.tokenizer.codebook, self.tokenizer.quantizer.usage) if in_use else 0.0
         if distinct >= K / 16:

@@ -250,7 +250,7 @@ def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> Mask
 
 def encode_views(tokenizer: Any, images: Tensor, size: int) -> Tensor:
     """Encode float images (B, 3, S, S) in [0, 1] at `size` pixels (0: at S) to codes int64 (B, h, w)."""
-    # Without a look at the values, for which a step would wait for the device.
+    # Without checking the values, which would make a step wait for the device.
     return tokenizer.encode(resized(images, size or images.shape[-1]), check=False)  # type: ignore[no-any-return]
 
 
@@ -270,7 +270,7 @@ def build_backbone(config: PretrainConfig) -> nn.Module:
     try:
         return create_network(name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
     except WeightsError:
-        with torch.device("meta"):  # without patches it takes no image size, which the user did not write
+        with torch.device("meta"):  # a network without patches takes no image size
             check_has_patches(create_network(name, num_classes=0, **config.model.kwargs()))
         raise
 

@@ -237,7 +237,7 @@ def _loss(logits: Tensor, truth: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     logits = resize_to_pixels(logits.float(), truth.shape[1:], patch)
     counted = truth != IGNORE
     total = counted.sum().clamp_min(1)
-    # The sum is divided here, since cross_entropy's own mean over no pixels is not a number.
+    # The sum is divided here, since cross_entropy's own mean over zero pixels is NaN.
     loss = F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum") / total
     return loss, ((logits.detach().argmax(1) == truth) & counted).sum() / total
 

@@ -160,7 +160,7 @@ def _preamble(ready: Ready[Any], recipe: str) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
     config, splits, stage, _ = ready
     changes = _changes(config, stage.command, recipe)
-    # The data stand above; a setting without a value in the recipe, such as a tokenizer, is no change of it.
+    # The data are listed above; a setting without a value in the recipe, such as a tokenizer, is not a change.
     changed = [
         re.sub(": .* -> ", " ", line) for line in changes if not re.search(r"^data: |: (auto|\['auto'\]|) -> ", line)
     ]

@@ -69,7 +69,7 @@ def _damage(file: Path) -> str | None:
         if _digest(file) == expected:
             return None
     except FileNotFoundError:
-        return None  # no checksum, or no file: the reader of the file says so
+        return None  # no checksum, or no file: the reader of the file reports it
     except PermissionError:
         raise
     except (OSError, IndexError, UnicodeDecodeError) as error:

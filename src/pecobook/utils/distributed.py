@@ -152,7 +152,7 @@ def sharing(folder: str = "", *, is_first: bool = True) -> Iterator[None]:
     """Let rank 0 compute what `made_by_first_rank` asks for, within this context, which all ranks enter.
 
     Args:
-        folder: where processes that the first one starts later find what it has computed; empty if there are none.
+        folder: where processes that the first one starts later find its results; empty if there are none.
         is_first: whether this process is the first of these.
     """
     global _sharing

@@ -42,7 +42,7 @@ class FolderLock:
         folder: the folder, which must exist.
         part: the part that is locked, such as "2-of-8", so that processes with other parts of the same number of parts
             may write too. Meanwhile the caller holds the lock of the whole folder with `shared`.
-        shared: whether other processes may hold parts while this one holds the whole folder, which is brief.
+        shared: whether other processes may hold parts while this one briefly holds the whole folder.
         wait: seconds to wait for a process that holds the lock.
 
     Raises:

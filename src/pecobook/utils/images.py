@@ -37,7 +37,7 @@ def check_shape(images: Any, channels: Sequence[int], stride: int = 1) -> None:
 
     Args:
         images: the images.
-        channels: the values of C that are possible.
+        channels: the allowed values of C.
         stride: divisor of the sides.
     """
     numbers = " or ".join(map(str, channels))
@@ -66,7 +66,7 @@ def as_images(images: Tensor, channels: Sequence[int], stride: int = 1, *, check
         check: whether to check the values, which waits for a GPU.
 
     Raises:
-        ValueError: the shape, the type or the values are others.
+        ValueError: the shape, the type or the values are different.
     """
     check_shape(images, channels, stride)
     if images.dtype == torch.uint8:

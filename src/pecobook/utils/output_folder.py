@@ -72,7 +72,7 @@ class OutputFolder:
             )
         self._check_apart_from_data()
         marked = bool(self.marker) and (out / self.marker).is_file()
-        # A command that was killed while it wrote the marker leaves the marker's temporary file alone.
+        # A command that was killed while it wrote the marker leaves only the marker's temporary file.
         names = {path.name for path in content(out)}
         killed_at_start = bool(names) and names == {f".{self.marker}.tmp"}
         filled = bool(names) and not killed_at_start

@@ -104,7 +104,7 @@ def find_occurrences(
     """
     layout = bank.layouts["train"]
     shape = (layout.num_views, *layout.grid)
-    number_of = np.full(num_codewords, len(codewords), dtype=np.uint16)  # of each codeword in `codewords`
+    number_of = np.full(num_codewords, len(codewords), dtype=np.uint16)  # index of each codeword in `codewords`
     number_of[list(codewords)] = np.arange(len(codewords))
     found = [Occurrences(codeword, shape, patches, seed) for codeword in codewords]
     for images, codes in _chunks(bank):

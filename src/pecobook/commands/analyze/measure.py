@@ -76,10 +76,10 @@ def evaluate_tokenizer(
         images: held-out images, float (N, 3, S, S) in [0, 1] or uint8, with the tokenizer's image size.
         labels: labels of the images, int64 (N,), or None; without labels `train` is not called.
         train: returns codes and labels of training images.
-        distance: perceptual distance between images and reconstructions; None leaves this metric out.
+        distance: perceptual distance between images and reconstructions; None omits this metric.
         larger: held-out images that are one token larger, float (M, 3, S + stride, S + stride).
         seed: seed of the probes' validation part, and of the codes that are permuted between positions.
-        classifier: classifier of images and reconstructions; None leaves this metric out.
+        classifier: classifier of images and reconstructions; None omits this metric.
 
     Returns:
         the metrics, and the codes int64 (N, h, w) on the host.

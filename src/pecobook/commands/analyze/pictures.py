@@ -67,7 +67,7 @@ def pictures_of(
         labels: int64 (N,), or None.
         usage: usage of the codebook by the codes.
         classes: names of the labels.
-        requested: codewords that certainly get a gallery.
+        requested: codewords that always get a gallery.
         seed: seed for codewords and patches that are drawn at random.
     """
     codebook = tokenizer.codebook.detach().float().cpu()

@@ -56,7 +56,7 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
     config = replace(config or CheckConfig(), settings)
     check_new_file(config.out)
     if config.recipe:
-        recipe(_READS_AS.get(config.task, config.task), config.recipe)  # raises ConfigError for one that is not there
+        recipe(_READS_AS.get(config.task, config.task), config.recipe)  # raises ConfigError if there is no such recipe
     task = config.task if config.task != "auto" else "finetune" if config.clip.frames else layout_of(config.data)
     splits, problems = _open(task, config)
     found: Survey | None = None

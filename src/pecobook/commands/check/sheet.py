@@ -20,7 +20,7 @@ from pecobook.data.source import ImageSource, Splits
 from pecobook.data.summary import short
 from pecobook.utils.images import encode_picture, resize, to_pillow
 
-_SIDE = 224  # of a cell, pixels
+_SIDE = 224  # side of a cell, pixels
 _CAPTION = 16
 _MAX_NAMED = 12  # more names on an image would hide it
 

@@ -27,7 +27,7 @@ from pecobook.utils.devices import cores
 Hashes: TypeAlias = npt.NDArray[np.uint64]
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
-_FEW_IMAGES = 256  # so many are read in this process
+_FEW_IMAGES = 256  # up to this many are read in this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Survey:
 
     Attributes:
         lines: (topic, text) lines, as for a training run but covering every image.
-        problems: what would be learned wrongly, as texts of one or more lines each.
+        problems: what a run would learn wrongly, as texts of one or more lines each.
         figures: all numbers, for programs.
     """
 
@@ -54,12 +54,12 @@ class _Looks(Dataset[Look]):
 
 
 def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
-    """Look at every image of a source.
+    """Inspect every image of a source.
 
     Args:
         splits: the opened source.
-        labels: whether labels, where there are any, are learned from; False ignores what is wrong with them.
-        workers: number of processes; -1 takes one for each core.
+        labels: whether a run would learn from labels, if there are any; False ignores what is wrong with them.
+        workers: number of processes; -1 uses one per core.
     """
     total = len(splits.train) + len(splits.evaluation)
     sources = (splits.train, splits.evaluation)
@@ -114,12 +114,12 @@ def _looks(source: ImageSource, workers: int) -> Iterator[Look]:
 
 
 class _Repeats:
-    """Files with equal bytes: within training, and in both splits.
+    """Files with identical bytes, within training and across both splits.
 
     Args:
         splits: the opened source.
         train: a hash of the file of each training image, uint64 (n,); 0 stands for a file that was not read.
-        evaluation: the same of the held-out images.
+        evaluation: the same for the held-out images.
     """
 
     def __init__(self, splits: Splits, train: Hashes, evaluation: Hashes) -> None:

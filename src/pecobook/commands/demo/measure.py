@@ -53,7 +53,7 @@ class _Images(NamedTuple):
 
 def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Atlas]]:
     """Return the results, which contain the entries of `analysis.json` and more, pictures by file name, and atlases."""
-    with of_run(quiet=True):  # what there is to say was said before the runs
+    with of_run(quiet=True):  # everything worth reporting was printed before the runs
         splits = open_readable(config.data, config.value_range, [str(jobs["codebook-pixel"].out)])
     codebook = jobs["codebook-pixel"].config
     images = _read(splits, config, codebook.image_size, codebook.model.stride)

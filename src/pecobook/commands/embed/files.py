@@ -72,7 +72,7 @@ def join_parts(parts: list[Path], out: Path, about: dict[str, Any]) -> int:
             os.fsync(file.fileno())  # the parts are removed next
         temporary.replace(out)
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system
+        if isinstance(error, OSError) and error.errno is not None:  # from the file system
             raise
         text = f"A file in '{parts[0].parent}' is damaged ({first_line(error).rstrip('.')})."
         raise DataError(f"{text} Delete that folder, and start the command again.") from None

@@ -32,7 +32,7 @@ def read_statistics(file: Path, provenance: Provenance) -> tuple[Gaussian, str]:
     """Read a statistics file.
 
     Returns:
-        the statistics, and a description of them: a file from elsewhere has no provenance.
+        the statistics, and a description of them, without provenance if the file is from elsewhere.
 
     Raises:
         DataError: the file is damaged, or its statistics belong to other images, another size or other weights.

@@ -85,7 +85,7 @@ def _distinct_tokenizers(loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
     A codebook run and a ViT trained on its codes share a tokenizer.
     """
-    names: dict[str, str] = {}  # of a tokenizer, by its fingerprint
+    names: dict[str, str] = {}  # of tokenizers, by fingerprint
     tokenizers, owner = {}, {}
     for name, one in sorted(loaded.items(), key=lambda item: isinstance(item[1], MaskedRun)):
         tokenizer = one.tokenizer if isinstance(one, MaskedRun) else one

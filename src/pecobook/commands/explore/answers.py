@@ -39,7 +39,7 @@ _STATIC = Path(__file__).parent / "static"
 _ATLAS = Path(str(files("pecobook.analysis"))) / "templates" / "atlas.js"
 
 
-class Refused(Exception):  # noqa: N818 (an answer of HTTP, with a sentence for the visitor)
+class Refused(Exception):  # noqa: N818 (an HTTP response with a sentence for the visitor)
     """A request that cannot be answered; the text says why."""
 
     def __init__(self, text: str, status: int = 400) -> None:
@@ -58,11 +58,11 @@ class Answer:
 
 
 class Images:
-    """Held-out images by number, and uploaded images by a random name; these are only in memory.
+    """Held-out images by number, and uploaded images by a random name; the latter are kept only in memory.
 
     Args:
         source: the held-out images.
-        sizes: sides of the central crops that are needed, pixels.
+        sizes: sides of the required central crops, in pixels.
     """
 
     def __init__(self, source: ImageSource, sizes: set[int]) -> None:

@@ -100,7 +100,7 @@ class _Examples:
         self._sums.index_add_(0, flat, small)
         self._counts += torch.bincount(flat, minlength=len(self._counts))
         distance = (small - self._sums[flat] / self._counts[flat, None]).square().sum(1)
-        nearest = distance.argsort(descending=True)  # of equal codewords the last one counts
+        nearest = distance.argsort(descending=True)  # among equal codewords the last one counts
         chosen = dict(zip(flat[nearest].tolist(), nearest.tolist(), strict=True))
         f = self.patches.shape[-1]
         for code, patch in chosen.items():
@@ -363,16 +363,16 @@ def prediction_values(prediction: Prediction, mask: Tensor) -> Json:
 
 
 def chance_values(tokenizer: IndexedTokenizer, codes: Tensor, mask: Tensor, without: int | None) -> Json:
-    """Return how many percent of the masked codes would be right by chance.
+    """Return the percentage of the masked codes that would be right by chance.
 
     Args:
         tokenizer: the tokenizer with the codes of the source.
         codes: the image's codes, int64 (h, w).
         mask: bool (h, w), True = masked.
-        without: number of the image in the source, whose own codes do not count; None for another image.
+        without: index of the image in the source, whose own codes are excluded; None for an image from elsewhere.
 
     Returns:
-        `uniform`: one of K codewords at random; `place`: always the most frequent codeword of the place, or None where
+        `uniform`: one of K codewords at random; `place`: always the most frequent codeword at the position, or None if
         the codes of the source have another grid.
     """
     others = tokenizer.codes if without is None else tokenizer.codes[tokenizer.rows != without]

@@ -25,7 +25,7 @@ _HEADERS = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page. The port is taken at once, and requests are answered once `serve` is called.
+    """Serves the page. The port is bound immediately, and requests are answered once `serve` is called.
 
     Raises:
         ConfigError: the port is in use.
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as error:
             status, answer = error.status, Answer(json.dumps({"error": str(error)}).encode())
             self.close_connection |= self.command != "GET"
-        except (RuntimeError, ValueError) as error:  # of a network, such as a lack of memory
+        except (RuntimeError, ValueError) as error:  # from a network, such as a lack of memory
             status, answer = 500, Answer(json.dumps({"error": f"This failed: {first_line(error)}"}).encode())
         self.send_response(status)
         self.send_header("Content-Type", answer.content_type)

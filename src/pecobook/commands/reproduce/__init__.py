@@ -81,14 +81,14 @@ def _with_full_paths(config: ReproduceConfig) -> ReproduceConfig:
     for name, value in to_dict(config).items():
         if isinstance(value, str) and name != "budget" and value not in ("", "photos", "random"):
             path = str(Path(value).absolute())
-            with contextlib.suppress(OSError, DataError):  # of a name too long for a file, or shards that are missing
-                full |= {name: path} if Path(path).exists() or expand_pattern(path) else {}
+            with contextlib.suppress(OSError, DataError):  # a name too long for a file, or missing shards full |=
+                {name: path} if Path(path).exists() or expand_pattern(path) else {}
     return replace(config, full)
 
 
 def _run(plan: Plan, out: Path) -> Outcome:
     seconds = rehearsal.rehearse(plan, out)
-    jobs = plan.jobs  # without a rehearsal each run counts alike
+    jobs = plan.jobs  # without a rehearsal all runs count equally
     if seconds:
         jobs = {
             name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))

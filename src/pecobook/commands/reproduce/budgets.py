@@ -215,7 +215,7 @@ def with_backbone(budget: Budget, model: BackboneConfig) -> Budget:
         pretrain=dataclasses.replace(base.pretrain, model=model),
         mae=dataclasses.replace(base.mae, model=model if model.name.startswith("vit_") else base.mae.model),
         moco=dataclasses.replace(base.moco, model=model),
-        # From scratch a run of this ViT names the architecture, since `finetune` takes no arguments of timm.
+        # From scratch a run of this ViT names the architecture, since `finetune` accepts no timm arguments.
         own={
             arm: dataclasses.replace(settings, backbone="") if settings.weights else settings
             for arm, settings in base.own.items()

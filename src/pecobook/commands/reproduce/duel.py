@@ -234,7 +234,7 @@ class Duel:
             if self.config.supervised:
                 return self.config.supervised, ""
             contrast_folder, contrast_job = self._network("perceptual", seed)  # names the architecture
-            name = f"network-labels-{seed}"  # the names differ from those of the tables' runs, which are others
+            name = f"network-labels-{seed}"  # unlike the names of the tables' runs, which are other runs
             settings = self._run(self.budget.supervised, name, seed, backbone=contrast_folder)
             self._add(name, "finetune", settings, contrast_job)
         else:

@@ -26,8 +26,8 @@ Part = tuple[ImageSource, list[int]]
 def few_labels(splits: Splits, kind: str) -> tuple[Part, Part]:
     """Choose the images that a kind of run learns from and those it is tested on; always the same for a source.
 
-    `few` learns from 100 images of each class and is judged by the test images. `tune` is judged by as many other
-    training images; a class of fewer than 200 images is halved for that.
+    `few` learns from 100 images of each class and is judged by the test images. `tune` is judged by the same number of
+    other training images; a class of fewer than 200 images is split in half.
 
     Args:
         splits: the images, with labels.

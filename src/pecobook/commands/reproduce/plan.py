@@ -159,10 +159,10 @@ class Plan:
         """Add a job unless the plan has it.
 
         Args:
-            name: `KIND-ARM-SEED`; jobs whose names differ in the seed alone are alike.
+            name: `KIND-ARM-SEED`; jobs whose names differ only in the seed are alike.
             command: the pecobook command that the job runs.
             config: settings of the command, whose `out` is `self.out(name)`.
-            needs: names of the jobs that must be finished before; empty names are left out.
+            needs: names of the jobs that must finish first; empty names are ignored.
         """
         self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs))))
 
@@ -316,11 +316,11 @@ class Plan:
         runs = self.budget.vits[arm.vit]
         if arm.target in FROM_SCRATCH:
             named = runs.own[arm.target].backbone
-            # Without a name of timm a run names the architecture; its weights are not used.
+            # Without a timm name, a run names the architecture; its weights are not used.
             return (named, "") if named else self._backbone(dataclasses.replace(arm, target="moco"), seed)
         if arm.target == "dino":
             return self.config.dino, ""
-        # A ViT is fine-tuned at several sizes of images, but pre-trained once.
+        # A ViT is fine-tuned at several image sizes, but pre-trained once.
         name = f"vit-{dataclasses.replace(arm, vit=arm.vit.partition('-')[0]).name}-{seed}"
         times = arm.epochs / EPOCHS
         if arm.target == "moco":

@@ -51,7 +51,7 @@ def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
 
 def read_rehearsal(out: Path) -> dict[str, float]:
     """Return the seconds by kind that an earlier `rehearse` wrote; empty if there was no rehearsal."""
-    seconds = read_if_valid(out / "rehearsal.json") or {}  # a damaged file means a rehearsal more
+    seconds = read_if_valid(out / "rehearsal.json") or {}  # a damaged file only costs another rehearsal
     return seconds if all(map(is_number, seconds.values())) else {}
 
 

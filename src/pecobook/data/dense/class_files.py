@@ -126,7 +126,7 @@ def _from_table(path: Path, lines: list[str]) -> ClassFile | None:
     value = next((header.index(word) for word in _VALUE_HEADERS if word in header), None)
     colour = next(([header.index(w) for w in words] for words in _COLOUR_HEADERS if set(words) <= set(header)), None)
     if name is None or (value is None and colour is None) or header == ["name", "r", "g", "b"]:
-        return None  # no header, or that of lines which _from_lines reads
+        return None  # no header, or that of a file for _from_lines
     used = [name, *([] if value is None else [value]), *(colour or [])]
     for line, row in zip(lines[1:], rows[1:], strict=False):
         if len(row) <= max(used) or not all(row[column].isdecimal() for column in used[1:]):

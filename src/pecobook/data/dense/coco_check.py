@@ -58,7 +58,7 @@ def diagnose_boxes(boxes: Floats, sizes: Floats) -> str:
             "multiply them by the width and height of the image"
         )
     beyond = ~_is_inside(boxes, sizes)
-    # Some annotators let boxes reach beyond the image, so the other reading must fit too; the more boxes, the surer.
+    # Some annotators let boxes reach beyond the image, so the other reading must fit too; more boxes are surer.
     most, least_fitting = (0.05, 0.99) if len(boxes) >= 50 else (0.2, 0.95) if len(boxes) >= 5 else (0.5, 0.95)
     if beyond.mean() > most:
         count = f"{beyond.sum():,} of {len(boxes):,} boxes reach beyond their image"
@@ -98,7 +98,7 @@ class BoxComparison:
 def compare_boxes(annotations: Annotations, limit: int | None = 2000) -> BoxComparison:
     """Compare the boxes with the boxes around the masks of the same objects.
 
-    A box fits if each edge is within two pixels of the mask's, or if both overlap by more than half (IoU).
+    A box fits if each edge is within two pixels of the mask's, or if their IoU is above one half.
 
     Args:
         annotations: objects with masks; without masks nothing is compared.

@@ -171,7 +171,7 @@ def _spellings(name: str) -> Iterable[str]:
     """Return a name as it is and as other systems write it: URLs, accents, Label Studio's uploads."""
     address = name.partition("?d=")[2] or (name.partition("?")[0] if "://" in name else name)
     plain = unquote(address)
-    uploaded = re.sub(r"(^|[/\\])[0-9a-f]{8}-(?=[^/\\]+$)", r"\1", plain)  # Label Studio's mark of an upload
+    uploaded = re.sub(r"(^|[/\\])[0-9a-f]{8}-(?=[^/\\]+$)", r"\1", plain)  # Label Studio's prefix of an upload
     forms = (normalize("NFC", plain), normalize("NFD", plain))  # NFD is macOS's for accents
     return dict.fromkeys((name, address, plain, *forms, uploaded))
 
@@ -226,14 +226,14 @@ class ImageFiles:
         for path in paths[:tries]:
             if Path(path).name in self._listing((root / path).parent):
                 return path
-        for path in paths if tries is None else ():  # written on a system that does not tell cases apart
+        for path in paths if tries is None else ():  # written on a system that ignores case
             alike = [other for other in self._listing((root / path).parent) if _folded(other) == _folded(path)]
             if len(alike) == 1:
                 return str(Path(path).with_name(alike[0]))
         return ""
 
     def _similar(self, name: str) -> str:
-        """Return words on a file that is called `name` apart from the extension; empty if there is none."""
+        """Return a note on a file called `name` except for its extension; empty if there is none."""
         path = Path(name.replace("\\", "/"))
         others = self._listing((self.root / path).parent) or self._listing(self.root)
         other = next((other for other in sorted(others) if Path(other).stem in (path.stem, path.name)), None)

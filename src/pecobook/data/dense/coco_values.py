@@ -69,7 +69,7 @@ def parse_box(box: Any, compute: Callable[[], Any] | None) -> tuple[float, float
         compute: computes a missing box from the mask; None if there is no mask.
 
     Raises:
-        UnusableError: there are not four numbers.
+        UnusableError: the box is not four numbers.
     """
     values = compute() if box is None and compute else box
     numbers = [as_number(value) for value in values] if isinstance(values, list) else []

@@ -59,7 +59,7 @@ class Pixels:
 def read_pixels(data: bytes, *, name: str, colours: bool = False) -> Pixels:
     """Decode a mask, upright by its own EXIF orientation.
 
-    Numbers are the pixels of grey, palette and 1-bit pictures, and of colour pictures without colour.
+    Grey, palette and 1-bit pictures have numbers as pixels, and so do colour pictures that are entirely grey.
 
     Args:
         data: the file's bytes.

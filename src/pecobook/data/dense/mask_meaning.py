@@ -47,12 +47,12 @@ class MaskReport:
 def settle_meaning(
     name: str, meaning: MaskClasses, reports: Sequence[Sequence[MaskReport]]
 ) -> tuple[MaskClasses, list[str]]:
-    """Return the meaning of the masks' pixels, and a sentence on each thing that was decided.
+    """Return the meaning of the masks' pixels, and a sentence on each decision.
 
     Args:
         name: the source as the user wrote it.
         meaning: what the settings say; without names the classes are the values in the training masks.
-        reports: of the training masks and of the held-out masks.
+        reports: the reports on the training masks and on the held-out masks.
 
     Raises:
         ConfigError: without given classes, masks hold only 0 and 255, and 255 is ignored.

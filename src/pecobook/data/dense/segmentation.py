@@ -144,8 +144,8 @@ class SegmentationSource(ImageSource):
 
     Attributes:
         mask_classes: the meaning of the masks' pixels.
-        counts: the pixels of all masks, where `verify` has read them.
-        unreadable: the pairs that `verify` has left out since their image or mask cannot be read.
+        counts: the pixels of all masks, if `verify` has read them.
+        unreadable: the pairs that `verify` has left out because their image or mask cannot be read.
     """
 
     counts: MaskCounts | None = None

@@ -30,10 +30,10 @@ class VerificationResult:
     Attributes:
         splits: the valid pairs, with known classes; its notes end with those of this check.
         problems: a line for each reason why pairs are invalid, with the first mask and the number of further ones.
-        unreadable: the same of pairs whose image or mask cannot be read.
+        unreadable: the same for pairs whose image or mask cannot be read.
         num_problems: number of invalid pairs.
         num_unreadable: number of pairs whose image or mask cannot be read.
-        notes: what was taken for granted, and classes without a pixel, as sentences.
+        notes: sentences on what was assumed, and on classes without a pixel.
         fault: why nothing can be learned from these masks; empty if something can.
         hint: what the problems have in common; may be empty.
     """
@@ -164,7 +164,7 @@ def _problem(report: MaskReport, meaning: MaskClasses) -> str:
 
 
 def _hint(reports: list[MaskReport], meaning: MaskClasses, problem: BadImage) -> str:
-    """Return a remedy for masks saved as JPEG, and for one value more than there are classes, as an unlabelled 0."""
+    """Return a remedy for masks saved as JPEG, or with one value more than the classes, such as an unlabelled 0."""
     if re.search(r"\.jpe?g\)? holds the value", f"{problem.name} {problem.reason}", re.IGNORECASE):
         return "JPEG changes the values of a mask: save masks as PNG, without interpolation.\n"
     count = len(meaning.names)

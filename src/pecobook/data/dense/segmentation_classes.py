@@ -51,7 +51,7 @@ class MaskClasses:
     def table(self) -> npt.NDArray[np.int16]:
         """Return the class of each pixel value, int16 (65537,).
 
-        Ignored values map to `IGNORE`, and values that are neither ignored nor of a class map to `IGNORE` - 1.
+        Ignored values map to `IGNORE`, and values that are neither ignored nor those of a class map to `IGNORE` - 1.
         """
         table = np.full(65_537, IGNORE - 1, np.int16)
         table[list(self.ignored)] = IGNORE
@@ -79,7 +79,7 @@ def make_classes(file: ClassFile | None, *, mask_values: Sequence[str], ignore: 
     """Make the classes that the settings define; return None if there is neither a class file nor --mask-values.
 
     Args:
-        file: the content of the class file, or None. Its pixel values give way to --mask-values.
+        file: the content of the class file, or None. --mask-values overrides its pixel values.
         mask_values: the entries of --mask-values.
         ignore: the entries of --ignore, pixel values or names of classes.
 

@@ -177,7 +177,7 @@ def _pictures(folders: Iterable[tuple[tuple[str, ...], list[str]]], kind_of: _Ki
             if stem and extension.lower() not in IMAGE_EXTENSIONS:
                 found.extensions[extension.lower()] += kind != "others"
             elif stem:
-                key = normalize("NFC", "/".join((*key_parts, stem)))  # macOS writes accents in another way
+                key = normalize("NFC", "/".join((*key_parts, stem)))  # macOS writes accents differently
                 found.add(kind, key, "/".join((*parts, name)))
     return found
 
@@ -211,7 +211,7 @@ def _words(name: str) -> set[str]:
 
 
 def names_masks(folder: str) -> bool:
-    """Return whether a word within the name of a folder is one of folders of masks."""
+    """Return whether a folder's name contains a word for folders of masks."""
     return bool(_words(folder) & _MASK_WORDS)
 
 
@@ -245,7 +245,7 @@ def _without_word(name: str, words: frozenset[str]) -> str | None:
 
 
 def _without_shared_words(files: Mapping[str, str]) -> dict[str, str]:
-    """Return files by their keys without the words with which all names of a folder begin or end."""
+    """Return files by their keys without the words that all names of a folder begin or end with."""
     folders: dict[str, list[str]] = {}
     for key in files:
         folders.setdefault(key.rpartition("/")[0], []).append(key.rpartition("/")[2])
@@ -259,7 +259,7 @@ def _without_shared_words(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def _length_of_shared_words(names: Sequence[str]) -> int:
-    """Return how many characters the words take with which two or more names all begin."""
+    """Return the number of characters in the words that all of two or more names begin with."""
     first, last = min(names), max(names)
     length = next((number for number, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), 0)
     return len(re.sub(r"[^ _.-]*$", "", first[:length]))
@@ -283,7 +283,7 @@ def _match(data: str, found: Pictures) -> Pairs:
         elif _OTHER_ENDING.search(key) and _OTHER_ENDING.sub("", key).lower() in image_of:
             others.append(key)
     for image, names in sorted(masks_of.items()):
-        # Cityscapes' own conversion writes labelTrainIds beside labelIds, for training.
+        # Cityscapes' own conversion writes labelTrainIds next to labelIds, for training.
         names.sort(key=lambda name: ("trainids" not in name.lower(), name))
         if len(names) > 1 and "trainids" not in names[0].lower():
             raise DataError(

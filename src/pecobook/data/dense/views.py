@@ -1,4 +1,4 @@
-"""Views for detection and segmentation: an image and its objects, or its mask, moved together.
+"""Views for detection and segmentation: an image and its objects, or its mask, transformed together.
 
 A detection view is a single map from the pixels of the result to those of the image, so boxes and masks always fit the
 image: resized, flipped, cropped and padded. The training view for segmentation is that of the paper's supplement (as in
@@ -25,7 +25,7 @@ from pecobook.data.views import colour_draws
 from pecobook.utils.images import fitted_size, resize
 
 _GREY = (124, 116, 104)  # ImageNet's mean colour, which becomes about zero, around images smaller than their canvas
-_LEAST_SIDE = 1.0  # of an object that is left in a view, pixels
+_LEAST_SIDE = 1.0  # minimum side of an object that stays in a view, pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +58,14 @@ def random_geometry(
     jitter: tuple[float, ...],
     canvas: int,
 ) -> Geometry:
-    """A training view: flipped in half of all cases, at one of the scales or jittered on a canvas.
+    """A training view: flipped with probability 0.5, at one of the scales or jittered on a canvas.
 
     Args:
         height: height of the image, in pixels.
         width: width of the image, in pixels.
-        view_key: everything random follows from it.
+        view_key: determines everything random.
         scales: lengths of the short side, one of which is drawn.
-        max_size: longest side.
+        max_size: maximum length of the long side.
         jitter: smallest and largest fraction of the canvas that the image is scaled to; empty for `scales`.
         canvas: side of the canvas.
     """
@@ -133,7 +133,7 @@ def view_objects(objects: Objects, geometry: Geometry) -> dict[str, Tensor]:
     if objects.segments is None:
         return {"boxes": boxes[kept], "labels": objects.labels[kept]}
     segments = [segment for segment, is_kept in zip(objects.segments, kept.tolist(), strict=True) if is_kept]
-    # One after the other, since each mask is as large as the image, which can be much larger than the view.
+    # One by one, since each mask is as large as the image, which can be much larger than the view.
     groups = [[segment] for segment in segments] or [[]]
     masks = torch.cat([move_masks(decode_masks(group, *objects.size), geometry) for group in groups])
     seen = masks.amax((1, 2)) > 0  # (n,)
@@ -153,7 +153,7 @@ def detection_view(
     jitter: tuple[float, ...] = (),
     canvas: int = 0,
 ) -> dict[str, Any]:
-    """Image, boxes, labels and masks of a random view, each in its own list: they differ in shape."""
+    """Image, boxes, labels and masks of a random view, each in its own list, because they differ in shape."""
     geometry = random_geometry(*objects.size, view_key, scales=scales, max_size=max_size, jitter=jitter, canvas=canvas)
     found = view_objects(objects, geometry)
     return {"images": [move_image(image, geometry)], **{name: [value] for name, value in found.items()}}
@@ -187,9 +187,9 @@ def segmentation_view(
         mask: int16 (H, W), `IGNORE` where no class counts.
         view_key: identifies the view.
         size: side of the square, in pixels.
-        most: long side of the test image, in pixels.
+        most: maximum length of the test image's long side, in pixels.
         scales: smallest and largest factor relative to the test size.
-        max_share: largest share of a crop that one class may fill; ten places are tried.
+        max_share: maximum share of a crop that one class may fill; ten positions are tried.
 
     Returns:
         image uint8 (3, size, size), grey beyond the image; mask int16 (size, size); colour float (9,).
@@ -198,7 +198,7 @@ def segmentation_view(
     height, width = mask.shape
     tested = fitted_size(height, width, size, most)[0] / height
     scale = tested * (scales[0] + float(u[0]) * (scales[1] - scales[0]))
-    # The crop is cut out first and scaled then, which costs less and differs by less than a pixel.
+    # The crop is cut out first and then scaled, which costs less and differs by less than a pixel.
     crop_height, crop_width = (max(min(round(size / scale), side), 1) for side in (height, width))
     for row_draw, column_draw in u[2:].reshape(_TRIES, 2).tolist():
         top, left = int(row_draw * (height - crop_height + 1)), int(column_draw * (width - crop_width + 1))
