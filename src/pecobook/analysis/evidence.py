@@ -46,7 +46,7 @@ class Difference:
     values: tuple[float, ...]
     """One difference for each unit."""
     adjusted_p: float | None = None
-    """The p value after the correction for its family; None for a difference that stands alone."""
+    """The p value after the correction for its family; None for a difference read on its own."""
 
     @property
     def mean(self) -> float:

@@ -61,7 +61,7 @@ def layer_features(network: nn.Module, images: Tensor, every_layer: bool) -> dic
 
 
 def pools_class_token(network: nn.Module) -> bool:
-    """Return whether a transformer's feature is its class token, so that training has shaped the token's output.
+    """Return whether a transformer's feature is its class token, that is, whether training has shaped its output.
 
     Masked modelling, and fine-tuning on the mean of the patches, do not shape it.
     """

@@ -29,7 +29,7 @@ class Signals:
     Contexts nest: an inner one returns the outer one, whose handlers stay.
 
     Args:
-        until_exit: whether the process ends after the context; until then it ignores all of them except SIGINT.
+        until_exit: whether the process ends after the context and then ignores all of them except SIGINT.
     """
 
     _outer: ClassVar[Signals | None] = None

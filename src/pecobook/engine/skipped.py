@@ -29,6 +29,6 @@ class Skipped:
                     self._log(f"skipped: {name}")
 
     def share(self) -> None:
-        """Tell all ranks, of which the first has the log, what the others could not read. All ranks call this."""
+        """Tell all ranks what the others could not read; the first one has the log. All ranks call this."""
         for names in gather_objects(list(self._names)):
             self.note(names)

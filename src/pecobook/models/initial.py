@@ -138,7 +138,7 @@ def training_weights(source: str, file: str = TRAINING_FILE) -> dict[str, Tensor
 def take_parts(
     module: nn.Module, state: dict[str, Tensor], start: Start, *, skip: Collection[str] = (), rename: str = ""
 ) -> None:
-    """Load the parts of `module` that `state` has in the same shapes; record in `start` what was taken and what not.
+    """Load the parts of `module` that `state` has in the same shapes; record in `start` what was loaded and what not.
 
     Args:
         module: a network; its direct submodules and parameters are the parts.

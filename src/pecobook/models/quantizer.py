@@ -134,7 +134,7 @@ class VectorQuantizer(Quantizer):
     idle: Tensor  # int64 (K,), updates since the codeword was last chosen or revived
     # Revival changes ema_count and idle, but not usage and unused.
     _pending: tuple[Tensor, Tensor] | None  # vectors (N, D) and codes (N,) of the last micro-batch
-    _folded: Weighted | None  # the sums of all earlier ones
+    _folded: Weighted | None  # all earlier ones, merged
     _sample: Sample  # of all vectors of the step
     _num_start_vectors: int  # number of vectors that k-means sampled from in the initial step
 

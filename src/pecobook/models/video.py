@@ -195,7 +195,7 @@ class ClipClassifier(Classifier):
         Several crops of each clip, (B, V, T, 3, H, W), give the logarithm of their mean probability.
 
         Raises:
-            ValueError: the shape, the type or the values are different.
+            ValueError: the shape, the type or the values are invalid.
         """
         if clips.ndim not in (5, 6) or clips.shape[-4] != self.clip.frames:
             raise ValueError(f"Clips must have the shape (B, {self.clip.frames}, 3, H, W), not {tuple(clips.shape)}.")

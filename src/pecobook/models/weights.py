@@ -72,7 +72,7 @@ class Backbone(Exported):
         """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits.
 
         Raises:
-            ValueError: the shape, the type or the values are different.
+            ValueError: the shape, the type or the values are invalid.
         """
         images = as_images(images, (1, 3)).to(next(self.network.parameters()).dtype)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))

@@ -66,7 +66,7 @@ def as_images(images: Tensor, channels: Sequence[int], stride: int = 1, *, check
         check: whether to check the values, which waits for a GPU.
 
     Raises:
-        ValueError: the shape, the type or the values are different.
+        ValueError: the shape, the type or the values are invalid.
     """
     check_shape(images, channels, stride)
     if images.dtype == torch.uint8:

@@ -283,7 +283,7 @@ def codeword_list(tokenizer: IndexedTokenizer, sort: str, page: int) -> Json:
 def tiles(tokenizer: IndexedTokenizer, codewords: list[int]) -> Tensor:
     """Return a decoded patch of each codeword next to an example, uint8 (n, 3, f, 2 f).
 
-    The decoded patch is the centre of 3 x 3 tokens of the codeword alone.
+    The decoded patch is the centre of 3 x 3 tokens that all have this codeword.
     """
     decoded = to_picture(decode_all(tokenizer.tokenizer, torch.tensor(codewords)[:, None, None].expand(-1, 3, 3)))
     f = decoded.shape[-1] // 3

@@ -81,8 +81,8 @@ def _with_full_paths(config: ReproduceConfig) -> ReproduceConfig:
     for name, value in to_dict(config).items():
         if isinstance(value, str) and name != "budget" and value not in ("", "photos", "random"):
             path = str(Path(value).absolute())
-            with contextlib.suppress(OSError, DataError):  # a name too long for a file, or missing shards full |=
-                {name: path} if Path(path).exists() or expand_pattern(path) else {}
+            with contextlib.suppress(OSError, DataError):  # a name too long for a file, or missing shards
+                full |= {name: path} if Path(path).exists() or expand_pattern(path) else {}
     return replace(config, full)
 
 

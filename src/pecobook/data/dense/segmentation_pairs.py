@@ -55,7 +55,7 @@ class Pictures:
     duplicates: list[str] = dataclasses.field(default_factory=list)
 
     def by_file_name(self) -> Pictures | None:
-        """Return the pictures by the names of their files alone; None where two images or two masks share one."""
+        """Return the pictures by file name only; None where two images or two masks share one."""
         kinds = [{key.rpartition("/")[2]: file for key, file in files.items()} for files in (self.images, self.masks)]
         is_unique = [len(kinds[0]), len(kinds[1])] == [len(self.images), len(self.masks)]
         return dataclasses.replace(self, images=kinds[0], masks=kinds[1]) if is_unique else None
