@@ -304,7 +304,7 @@ def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = M
 
     Args:
         config: settings with the default values.
-        args: words of the command line.
+        args: the command-line arguments.
         prog: the command and its recipe.
         unused: further flags, with the types of their values, that may be given and have no effect.
     """
@@ -335,7 +335,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
     """Convert `--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, texts or bool}.
 
     Args:
-        args: words of the command line.
+        args: the command-line arguments.
         types: type of the value of each flag, as of `settings.values.flags`.
         command: name of the command, for error messages.
         problems: list to which a message is added for each unknown flag and each flag with a wrong number of values.

@@ -80,7 +80,7 @@ def run_curves(log: Path) -> bytes:
 
 
 def _rank(metric: str) -> int:
-    """Return the place of a metric's panel: the loss, what the stage measures, then what every run logs."""
+    """Return a metric's rank among the panels: the loss, the stage's metrics, then what every run logs."""
     last = ("grad_norm", "lr", "images_per_second", "data_wait", "tflops", "mfu", "gpu_memory")
     return -1 if metric == "loss" else last.index(metric) + 1 if metric in last else 0
 

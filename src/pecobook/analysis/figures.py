@@ -114,7 +114,7 @@ def position_shares(positions: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def position_map(codes: Tensor, num_codewords: int) -> bytes:
-    """Draw how many different codewords occur at each position of the grid, as a share of the possible number.
+    """Draw how many different codewords occur at each position of the grid, as a share of the maximum.
 
     `codes` is int (N, h, w).
     """

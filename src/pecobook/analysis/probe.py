@@ -186,7 +186,7 @@ def paired_difference(correct_a: Array, correct_b: Array) -> tuple[float, float]
 def binomial_error(accuracy: float, number: int) -> float:
     """Return one standard error of sampling, in percentage points, of an `accuracy` in percent on `number` images.
 
-    This is half the width of Wilson's interval, so it is above 0 also where all or none of the images are right.
+    This is half the width of Wilson's interval, so it is above 0 even if all or none of the images are right.
     """
     low, high = wilson_interval(accuracy, number, errors=1)
     return (high - low) / 2

@@ -192,7 +192,7 @@ class Benchmark:
         return float(counter.get_total_flops())
 
     def _data_seconds(self) -> float:
-        """Return the seconds in which all workers read, crop and mask one batch."""
+        """Return the seconds that all workers together take to read, crop and mask one batch."""
         settings, companion = self.settings, self.stage.companions()[0]
         train = open_readable(settings.data, settings.value_range, [settings.tokenizer]).train
         stream = Stream(train, PretrainStage.view(settings), settings.seed, companion=companion)

@@ -34,7 +34,7 @@ def names_tokenizer(source: str) -> bool:
 
 
 def open_backbone(config: ProbeConfig | EmbedConfig, seed: int) -> tuple[Backbone, int]:
-    """Load the frozen network of --backbone, report what was taken, and return it with its image size in pixels."""
+    """Load the frozen network of --backbone, report what was loaded, and return it with its image size in pixels."""
     torch.manual_seed(seed)
     backbone = load_backbone(
         config.backbone,

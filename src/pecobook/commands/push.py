@@ -64,7 +64,7 @@ def push(config: PushConfig | None = None, **settings: Any) -> str:
 
 
 def _files(folder: Path, card: str) -> dict[str, bytes | Path]:
-    """Return what is sent: the card, the settings and the weights."""
+    """Return what is uploaded: the card, the settings and the weights."""
     files: dict[str, bytes | Path] = {
         file.name: file
         for file in sorted(folder.iterdir())

@@ -1,6 +1,6 @@
 """Clips for `--clip.frames`: a folder whose items are videos, or folders of frames, with the usual splits and classes.
 
-    train/CLASS/x.mp4         videos, which PyAV decodes (the extra `video`); of a file only what is needed is decoded
+    train/CLASS/x.mp4         videos, which PyAV decodes (the extra `video`); only the needed part of a file is decoded
     train/CLASS/x/00001.jpg   a folder of frames for each clip, in the order of the numbers in their names
 
 The choice of frames and their crop are a pure function of the view's key, as for images. All frames of a clip share the
@@ -41,7 +41,7 @@ from pecobook.utils.images import resize
 _FEWEST_FRAMES = 4
 """Minimum number of numbered images in a folder that may be the frames of a video."""
 _LOOKED_AT = 16
-"""Number of classes in which two folders each are checked for frames."""
+"""Number of classes of which two folders each are checked for frames."""
 
 
 class ClipStore(FileStore):

@@ -307,7 +307,7 @@ def _reason(error: Exception) -> str:
 
 
 def max_pixels() -> int:
-    """Return the largest number of pixels of an image: the environment variable PECOBOOK_MAX_PIXELS or `MAX_PIXELS`."""
+    """Return the maximum number of pixels of an image: the environment variable PECOBOOK_MAX_PIXELS or `MAX_PIXELS`."""
     text = os.environ.get("PECOBOOK_MAX_PIXELS", "")
     if text and not (text.isdecimal() and int(text) > 0):
         raise ConfigError(f"The environment variable PECOBOOK_MAX_PIXELS is '{text}': it must be a whole number.")
@@ -336,7 +336,7 @@ def read_file(path: Path | bytes, name: str = "") -> bytes:
 
 
 def check_regular(status: os.stat_result, name: str) -> None:
-    """Raise BadImage unless `status` is that of a regular file, also at the end of a link."""
+    """Raise BadImage unless `status` is that of a regular file, also if it is reached through a link."""
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
         raise BadImage(name, f"{kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, not a regular file")

@@ -198,7 +198,7 @@ def _splits_of_classes(source: str, level: _Level) -> dict[str, dict[str, str]]:
 
 
 def _check_folds(source: str, folders: Sequence[Folder], depth: int, inner: dict[str, dict[str, str]]) -> None:
-    """Raise DataError if folders with splits of their own also have the same classes, as the folds of a set have."""
+    """Raise DataError if folders with their own splits also have the same classes, as cross-validation folds do."""
     classes: dict[str, set[str]] = {}
     for folder in folders:
         if inner[folder[depth]].get(_at(folder, depth + 1)) == "train":

@@ -26,7 +26,7 @@ from pecobook.errors import PecobookError
 
 _SHARED = "/dev/shm"
 _AHEAD_BYTES, _PART_BYTES = 2**29, 2**23
-"""Bytes that all processes of a loader read ahead, and largest size of what one of them hands over."""
+"""Bytes that all processes of a loader read ahead, and maximum size of a part."""
 _MAX_PREFETCH = 4
 """Number of parts that a process reads ahead."""
 _UNKNOWN = 16
@@ -48,7 +48,7 @@ class Parts:
 
     places: Iterable[list[Any]]
     size: int
-    """Largest number of samples in a part; 0 keeps batches whole."""
+    """Maximum number of samples in a part; 0 keeps batches whole."""
 
     def __iter__(self) -> Iterator[list[Any]]:
         for batch in self.places:
@@ -61,7 +61,7 @@ class Parts:
 
 
 def plan(sample_bytes: int, workers: int, room: int) -> tuple[int, int]:
-    """Return the largest number of samples in a part, and how many parts each process reads ahead.
+    """Return the maximum number of samples in a part, and how many parts each process reads ahead.
 
     Args:
         sample_bytes: bytes of a sample; 0 if unknown.

@@ -22,7 +22,7 @@ from pecobook.errors import first_line
 from pecobook.utils.printer import say_once
 
 LEAST_BYTES = 2**24
-"""Number of bytes from which a column is mapped."""
+"""Minimum size in bytes of a column that is mapped."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 T = TypeVar("T")

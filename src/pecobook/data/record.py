@@ -34,7 +34,7 @@ from pecobook.utils.files import write_atomically
 FILE = "data.parquet"
 _SAMPLE = 256
 _WHOLE = 2**20
-"""Number of bytes up to which a sampled file is read whole; of a larger one both ends are read."""
+"""Maximum size in bytes of a sampled file that is read whole; larger ones are read at both ends."""
 _END = 2**16
 _ABSENT = -1
 """Size and time of a file that cannot be found."""

@@ -1,4 +1,4 @@
-"""Why a server did not return a file: what another request may fix, and what is refused at once."""
+"""Why a server did not return a file: what another request may fix, and what fails immediately."""
 
 from __future__ import annotations
 

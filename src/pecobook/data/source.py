@@ -50,7 +50,7 @@ class Store:
         raise NotImplementedError
 
     def identify(self, row: int) -> str:
-        """Return a name by which a person can find the image."""
+        """Return a human-readable name of the image."""
         raise NotImplementedError
 
     def file(self, row: int) -> Path | bytes | None:  # noqa: ARG002
@@ -160,7 +160,7 @@ class ImageSource:
         return self._store.sample(self._row(index), shortest)
 
     def identify(self, index: int) -> str:
-        """Return a name by which a person can find image `index`: a path, "x.parquet row 12", "x.tar/member"."""
+        """Return a human-readable name of image `index`: a path, "x.parquet row 12", "x.tar/member"."""
         return self._store.identify(self._row(index))
 
     def subset(self, indices: Iterable[int] | Integers) -> Self:
@@ -191,7 +191,7 @@ class ImageSource:
         return value_range if isinstance(value_range, ValueRange) else None
 
     def use_range(self, value_range: Range | None) -> None:
-        """Decode images with more than 8 bits with this range, also in all sources that share the store."""
+        """Decode images with more than 8 bits with this range, in all sources that share the store."""
         self._store.value_range = value_range
 
     @property

@@ -70,7 +70,7 @@ class TableStore(Store):
         return Path(self._names[self._file_of(row)]).parent
 
     def files(self, rows: Integers) -> Iterator[bytes]:
-        """Yield the paths of the tables, and of the image files where the tables hold paths."""
+        """Yield the paths of the tables, and of the image files if the tables hold paths."""
         numbers = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
         yield from (os.fsencode(self._names[number]) for number in numbers)
         for row, path in paths_in_rows(self._images.data.column(self._column), rows):

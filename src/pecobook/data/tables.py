@@ -39,7 +39,7 @@ from pecobook.utils.printer import say
 
 _TEXTS = ("string", "large_string", "string_view")
 _LARGE = 2**30
-"""Size of files, in bytes, from which the copy is announced."""
+"""Minimum size of files, in bytes, for which the copy is announced."""
 _BATCH = 10_000
 """Rows per batch of the copy: each takes 2 kB in every process, and `datasets` alone makes one per 100 images."""
 

@@ -5,8 +5,8 @@ depends on the shard, because names may hold dots themselves ("my.photo.jpg"):
 
 - An image whose name continues that of another image is an annotation ("1.seg.png" beside "1.jpg") and is left out; so
   is one whose name ends like that of an annotation ("1.mask.png"), unless it has a label under its whole name. Every
-  other image is an image of its own, also where a sample holds several ("1.left.png", "1.right.png"), but a mask beside
-  its image ("1_mask.png") is left out. Arrays (.npy) are images only where there are no others.
+  other image is an image of its own, even if a sample holds several ("1.left.png", "1.right.png"), but a mask beside
+  its image ("1_mask.png") is left out. Arrays (.npy) are images only if there are no others.
 - The label is the content of the `.cls` member, or the value of "label" in the `.json` member, with the image's name up
   to its last dot, or else up to its first dot.
 

@@ -1,7 +1,7 @@
 """The token bank: precomputed tokens of views of every image, read instead of running the tokenizer.
 
     bank/config.json              the source, the tokenizer, and the settings of the views
-    bank/train/codes-00000.npy    uint16 (n, V, h, w): V views of n images, in the order of the source; uint32 where the
+    bank/train/codes-00000.npy    uint16 (n, V, h, w): V views of n images, in the order of the source; uint32 if the
                                   tokenizer has more than 65,536 codewords
     bank/train/skipped-00000.json if some images could not be read: number -> name and reason; the codes of these are 0
     bank/evaluation/...           the central view of each held-out image

@@ -50,7 +50,7 @@ class Measured(NamedTuple):
     activations: int
     """Bytes that the forward pass over all images on a device keeps for the backward pass."""
     peak: int
-    """Largest number of bytes that a GPU held; 0 on a CPU."""
+    """Peak memory of a GPU in bytes; 0 on a CPU."""
 
 
 def estimate(stage: Stage[Any], train: Stream, config: TrainConfig) -> Lines:

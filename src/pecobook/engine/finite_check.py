@@ -1,8 +1,8 @@
 """Decisions that all ranks must share after a step: end if loss or gradient is not finite, or stop on a signal.
 
-On a CPU the answer is available at once. On a GPU it is copied in the background and read one step later, so that no
-step waits for the device: a non-finite step is then reported after its optimizer step, and nothing is saved or measured
-before `wait` has read the answer.
+On a CPU the answer is available immediately. On a GPU it is copied in the background and read one step later, so that
+no step waits for the device: a non-finite step is then reported after its optimizer step, and nothing is saved or
+measured before `wait` has read the answer.
 """
 
 from __future__ import annotations

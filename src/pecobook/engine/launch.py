@@ -297,7 +297,7 @@ def _cluster_environment(devices: int) -> list[Any]:
 
 
 def _srun_environment(world: World, *, own_gpus: bool) -> Any:
-    """Return Fabric's plugin for srun tasks; a task that sees a GPU of its own counts as a machine."""
+    """Return Fabric's plugin for srun tasks; a task that sees only its own GPU counts as a machine."""
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 

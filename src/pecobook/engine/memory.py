@@ -20,7 +20,7 @@ def out_of_memory_advice(config: TrainConfig, *, min_batch_size: int, evaluating
 
     Args:
         config: settings of the run.
-        min_batch_size: smallest number of images per device that the stage can process at once.
+        min_batch_size: minimum number of images per device that the stage can process in one pass.
         evaluating: whether memory ran out in an evaluation rather than in a training step.
         unit: what the run reads, "images" or "clips".
     """

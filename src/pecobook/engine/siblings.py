@@ -1,4 +1,4 @@
-"""The processes of a run on one machine watch each other, so that the loss of one is noticed at once.
+"""The processes of a run on one machine watch each other, so that the loss of one is noticed immediately.
 
 Each process keeps a connection to the first one on its machine, which the kernel closes when a process ends, however it
 ends. A process that leaves in good order announces it. Without torchrun or srun, which end the others, gloo notices a
@@ -26,7 +26,7 @@ from pecobook.utils.printer import show
 _COME = 60.0
 """Seconds within which all processes on one machine must have arrived; they are started together."""
 _TIME_TO_END = 20.0
-"""Seconds within which this process notices the loss of another by itself, and ends in good order."""
+"""Seconds within which this process notices the loss of another by itself, and ends cleanly."""
 _HELLO, _LEFT = b"+", b"-"
 
 

@@ -42,7 +42,7 @@ class Stage(nn.Module, Generic[C]):
     command: ClassVar[str]
     """Name of the stage's command on the command line."""
     min_batch_size = 1
-    """Smallest number of images that the stage can learn from at once."""
+    """Minimum number of images that the stage can learn from in one pass."""
     has_one_size = True
     """Whether all images of the stage, in training and evaluation, have the same size."""
     notes: tuple[str, ...] = ()

@@ -100,7 +100,7 @@ def _is_left_from_another_step(tasks_here: int) -> bool:
 
 
 def environment_without_launcher() -> dict[str, str]:
-    """Return the environment of a child process that is a run of its own, even under torchrun or srun."""
+    """Return the environment of a child process that is a separate run, even under torchrun or srun."""
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"}
     names |= {"TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"}
     return {name: value for name, value in os.environ.items() if name not in names}

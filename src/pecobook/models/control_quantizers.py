@@ -28,7 +28,7 @@ from pecobook.settings.tokenizer import VectorQuantizerConfig
 from pecobook.utils.distributed import world_size
 
 _TILE_ELEMENTS = 2**25
-"""Number of elements that each tensor of IBQ's softmax holds in memory at once."""
+"""Number of elements that each tensor of IBQ's softmax holds in memory at a time."""
 
 
 class _Vectors(NamedTuple):

@@ -199,7 +199,7 @@ class Exported(nn.Module):
     origin: str = ""
     """How the network was trained, read from the export by `from_pretrained`; empty if that is unknown."""
     init: str = ""
-    """The weights that the training started from, and what was taken from them; empty for random weights."""
+    """The weights that the training started from, and what was loaded from them; empty for random weights."""
     value_range: RangeSetting = AUTO
     """The values mapped to black and white in training images with more than 8 bits, read from the export."""
 

@@ -44,7 +44,7 @@ class FeatureNetwork:
     input_size: int | None
     """Side of the images that the network requires, in pixels; None if it takes any size."""
     notes: tuple[str, ...] = ()
-    """Lines that tell the user what was taken from where."""
+    """Lines that tell the user what was loaded from where."""
     patch: int = 0
     """Side of a plain transformer's patches, in pixels; 0 for any other network."""
 

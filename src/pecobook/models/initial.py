@@ -49,7 +49,7 @@ class Start:
 
     @property
     def summary(self) -> str:
-        """A line on what was taken and what was not; empty without --init."""
+        """A line on what was loaded and what was not; empty without --init."""
         if not self.source:
             return ""
         left = f"; left: {', '.join(self.left)}" if self.left else ""

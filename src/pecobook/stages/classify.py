@@ -243,7 +243,7 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tupl
 
 
 def load_for_classification(config: FinetuneConfig) -> Backbone:
-    """Load the backbone, also that of `--init`; a transformer pools the mean of its patches."""
+    """Load the network of `--backbone` or `--init`; a transformer pools the mean of its patches."""
     if config.init:
         check_kind(config.init, "classifier", "finetune")
     backbone = load_backbone(

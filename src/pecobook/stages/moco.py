@@ -99,7 +99,7 @@ class MocoStage(Normalised, Stage[ContrastConfig]):
 
     @property
     def needs_full_batch_keys(self) -> bool:
-        """Return True: all images of a step are contrasted, however few a device holds at once."""
+        """Return True: all images of a step are contrasted, however few a device holds at a time."""
         return True
 
     @torch.no_grad()

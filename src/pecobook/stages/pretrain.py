@@ -265,7 +265,7 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 def build_backbone(config: PretrainConfig) -> nn.Module:
-    """Build the network of the settings with random weights. Raises WeightsError, also for one without patches."""
+    """Build the network of the settings with random weights. Raises WeightsError, also if it has no patches."""
     name = config.model.name
     try:
         return create_network(name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))

@@ -51,7 +51,7 @@ _SIMILARITY_IMAGES = 200  # images that are compared with shifted and blurred co
 PROBES = ("codeword_probe", "bag_probe", "crossed_probe", "crossed_bag_probe")
 """Names of the linear probes of codes."""
 _BAG_VALUES = 2**29
-"""Largest number of values in the training features of a probe on bags of codes, 2 GB of memory."""
+"""Maximum number of values in the training features of a probe on bags of codes, 2 GB of memory."""
 TrainCodes = Callable[[], tuple[Tensor, Tensor] | None]
 """Returns codes and labels of the training images, or None without labels."""
 

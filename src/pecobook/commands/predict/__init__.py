@@ -34,7 +34,7 @@ from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
 _MAX_NAME = 230
-"""Largest number of bytes in a name in the output folder; most file systems allow 255."""
+"""Maximum number of bytes in a name in the output folder; most file systems allow 255."""
 
 
 def predict(config: PredictConfig) -> Path:

@@ -34,7 +34,7 @@ from pecobook.utils.images import encode_picture, to_pillow
 _NUM_BEST = 5
 """Number of classes written for each image."""
 _BATCH = 16
-"""Largest number of images in a batch of the classifier."""
+"""Maximum number of images in a batch of the classifier."""
 _MAX_JPEG_SIDE = 65_500
 """Longest side of a JPEG, in pixels."""
 _MAX_BYTES = 2**28

@@ -64,7 +64,7 @@ class Budget:
     """Further training runs of each of these ViTs: segment and detect, and kinetics and ssv2 on clips. An arm's name
     after the kind, as in kinetics-deit, stands for a separate recipe."""
     max_images: int = 0
-    """Largest number of images per split in an analysis; 0 keeps the numbers of `analyze`."""
+    """Maximum number of images per split in an analysis; 0 keeps the numbers of `analyze`."""
     classifier: str = ""
     """The classifier for ImageNet-1K reconstructions; if empty, the supervised network that is trained."""
 

@@ -18,7 +18,7 @@ from pecobook.utils.printer import show
 
 _STEPS = 4
 _WORTH = 50 * _STEPS
-"""Length of the longest run, in steps, from which a plan is rehearsed; shorter runs reveal failures as quickly."""
+"""Minimum length of a plan's longest run, in steps, for a rehearsal; shorter runs reveal failures as quickly."""
 _LONGEST = 24 * 3600.0
 """Seconds to wait for the rehearsal of another process."""
 _SHORT: dict[str, dict[str, Any]] = {

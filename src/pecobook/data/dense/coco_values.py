@@ -32,7 +32,7 @@ class UnusableError(ValueError):
 
 
 def as_integer(value: Any) -> int | None:
-    """Return a JSON value as an integer that fits into 64 bits, also if it is written as 7.0 or "7"; otherwise None."""
+    """Return a JSON value as an integer that fits into 64 bits, even if it is written as 7.0 or "7"; otherwise None."""
     if type(value) is int:
         return value if abs(value) < 2**63 else None
     if isinstance(value, str):
@@ -44,7 +44,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def as_number(value: Any) -> float | None:
-    """Return a JSON value as a finite number, also if it is written as text; otherwise None."""
+    """Return a JSON value as a finite number, even if it is written as text; otherwise None."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -54,7 +54,7 @@ def as_number(value: Any) -> float | None:
 
 
 def as_flag(value: Any) -> bool:
-    """Return a JSON value as a flag, also if it is written as "0" or "false". Raises UnusableError."""
+    """Return a JSON value as a flag, even if it is written as "0" or "false". Raises UnusableError."""
     text = str(as_integer(value)) if as_integer(value) is not None else str(value).strip().lower()
     if text not in _FLAGS:
         raise UnusableError(f"has an 'iscrowd' that is neither 0 nor 1: {json.dumps(value)[:40]}")

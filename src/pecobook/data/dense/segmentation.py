@@ -54,7 +54,7 @@ class MaskStore(Store):
         raise NotImplementedError
 
     def identify_mask(self, row: int) -> str:
-        """Return a name by which a person can find the mask."""
+        """Return a human-readable name of the mask."""
         raise NotImplementedError
 
 
@@ -202,7 +202,7 @@ class SegmentationSource(ImageSource):
         return size
 
     def identify_mask(self, index: int) -> str:
-        """Return a name by which a person can find the mask of image `index`."""
+        """Return a human-readable name of the mask of image `index`."""
         return self._masks.identify_mask(self._row(index))
 
 
