@@ -336,7 +336,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
 
     Args:
         args: the command-line arguments.
-        types: type of the value of each flag, as of `settings.values.flags`.
+        types: type of the value of each flag, as returned by `settings.values.flags`.
         command: name of the command, for error messages.
         problems: list to which a message is added for each unknown flag and each flag with a wrong number of values.
     """

@@ -164,7 +164,7 @@ def family(differences: Iterable[Difference]) -> list[Difference]:
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
-    """Return `mean ± standard deviation` of values over seeds; the mean alone for one seed, a dash for none."""
+    """Return `mean ± standard deviation` of values over seeds; only the mean for one seed, a dash for none."""
     if not values:
         return "–"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

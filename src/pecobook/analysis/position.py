@@ -2,7 +2,7 @@
 
 A tokenizer whose codes represent content uses every codeword at every position, and its codes move with the image. A
 tokenizer can also give each position its own vocabulary. Its codes then distinguish images well, because the mean of an
-image's codewords still tells which code stood where, but a code does not mean the same at two positions.
+image's codewords still tells which code is where, but a code does not mean the same at two positions.
 
 Shapes: N images, codes int (N, h, w) in [0, K), P = h w positions, images float (N, 3, H, W) in [0, 1].
 """

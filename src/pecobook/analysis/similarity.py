@@ -86,8 +86,8 @@ def find_bapps(folder: Path, *, limit: int = 1000) -> dict[Path, float]:
     """Find the judgements in a folder with the layout of the 2AFC part of BAPPS.
 
     In this layout, `ref/`, `p0/` and `p1/` hold PNGs, and `judge/` holds .npy files with the same names. The folder may
-    also contain such folders (`cnn/`, `traditional/`) at any depth. Of more than `limit` judgements, evenly spaced ones
-    are used.
+    also contain such folders (`cnn/`, `traditional/`) at any depth. Of more than `limit` judgements, only evenly spaced
+    ones are used.
 
     Returns:
         the share of people who prefer the second image, by the file of the judgement.

@@ -77,7 +77,7 @@ class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
 def decode(data: bytes, *, name: str = "image", value_range: Range | None = None, shortest: int = 0) -> Tensor:
     """Decode the bytes of an image file.
 
-    The EXIF orientation is applied. Of an animation the first frame is used, of a multi-page file the first page.
+    The EXIF orientation is applied. Only the first frame of an animation, or page of a multi-page file, is used.
     Transparent images are composited on white. 8-bit images keep their values. In images with more bits, `value_range`
     is mapped to 0..255; without it the range is that of the type: 0..65535 for 16 bits, 0..1 for floats within [0, 1].
     Colour profiles are ignored.

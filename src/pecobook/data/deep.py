@@ -4,8 +4,8 @@ A 16-bit container often holds a camera's 12 bits, and 32-bit integers and float
 of values mapped to black and white therefore belongs to the whole data set, not to an image: see
 `pecobook.data.value_range`.
 
-Pillow reads a single deep channel as it is. Of 16-bit colours Pillow keeps only the high bytes; decoded a second time
-with the byte order swapped, the same file gives the low bytes.
+Pillow reads a single deep channel unchanged. For 16-bit colours it keeps only the high bytes; decoding the same file
+again with swapped byte order gives the low bytes.
 """
 
 from __future__ import annotations

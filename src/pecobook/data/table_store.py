@@ -1,4 +1,4 @@
-"""Reads images from a column of a table: encoded bytes, or the paths of image files, and what tells tables apart."""
+"""Reads images from a column of a table: encoded bytes, or the paths of image files, and what identifies a table."""
 
 from __future__ import annotations
 

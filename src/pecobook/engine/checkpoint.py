@@ -65,7 +65,7 @@ def save(
 
 
 def delete_old(folder: Path, keep: int, always: int = 0) -> None:
-    """Delete all checkpoints, also partly deleted ones, except the last `keep` and that of step `always`."""
+    """Delete all checkpoints, including partly deleted ones, except the last `keep` and that of step `always`."""
     kept = [_name(step) for step in steps(folder)[-keep:]]
     for path in folder.glob("step-*"):
         if path.name.removeprefix("step-").isdigit() and kept and path.name < kept[0] and path.name != _name(always):

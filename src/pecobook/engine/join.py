@@ -201,7 +201,7 @@ def told_of_lost_processes() -> Iterator[None]:
 def watch_children(children: Sequence[subprocess.Popen[bytes]], end: Callable[[int], None] = os._exit) -> None:
     """Watch the ranks that this first rank has started, and end all if one has failed and this one has not noticed.
 
-    It replaces Fabric's watcher, which kills this process silently, even while it is ending in good order.
+    It replaces Fabric's watcher, which kills this process silently, even while it is shutting down cleanly.
     """
 
     def watch() -> None:

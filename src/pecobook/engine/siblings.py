@@ -1,8 +1,8 @@
 """The processes of a run on one machine watch each other, so that the loss of one is noticed immediately.
 
 Each process keeps a connection to the first one on its machine, which the kernel closes when a process ends, however it
-ends. A process that leaves in good order announces it. Without torchrun or srun, which end the others, gloo notices a
-lost process at the next exchange and NCCL only after its timeout, and neither exists before the processes meet.
+ends. A process that leaves cleanly announces it. Without torchrun or srun, which end the others, gloo notices a lost
+process at the next exchange and NCCL only after its timeout, and neither exists before the processes meet.
 
 The module does not import torch, since a process can be lost while importing it. It needs Linux.
 """

@@ -73,7 +73,7 @@ class Cost(NamedTuple):
     hours: float | None
     """Hours on one H200; None if `flop` is None or the images are too small for a GPU to reach full speed."""
     disk: float
-    """Bytes that the job leaves on disk, roughly."""
+    """Approximate number of bytes that the job leaves on disk."""
 
 
 class _Pass(NamedTuple):

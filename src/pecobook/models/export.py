@@ -175,9 +175,9 @@ class Card:
     library: str = "pecobook"
     """Name of the library that loads the model."""
     license: str = ""
-    """Identifier of the licence, such as mit; empty names none."""
+    """Identifier of the licence, such as mit; empty for none."""
     dataset: str = ""
-    """Data set of the hub that the model was trained on, `owner/name`; empty names none."""
+    """Data set of the hub that the model was trained on, `owner/name`; empty for none."""
 
     def render(self, loading_code: str) -> str:
         """Return the whole card as Markdown; `loading_code` is the Python code that uses the model."""

@@ -94,7 +94,7 @@ def neighbour_normalisation(path: str) -> Normalisation | None:
 
 
 def timm_normalisation(network: nn.Module, name: str, *, of_file: bool = False) -> Normalisation:
-    """Return timm's settings for a network; with `of_file`, the reason says that the file did not tell."""
+    """Return timm's settings for a network; with `of_file`, the reason says that the file did not state them."""
     settings = getattr(network, "pretrained_cfg", None) or {}
     mean, std = tuple(settings.get("mean", IMAGENET_MEAN)), tuple(settings.get("std", IMAGENET_STD))
     reason = f"timm's settings of {name}"

@@ -40,7 +40,7 @@ def example_image(run: str | Path) -> Path:
 def open_image(value_range: RangeSetting = AUTO) -> str:
     """Return code that reads an image of any mode; it needs `np`, and `Image` and `ImageOps` from Pillow.
 
-    Here Pillow computes what `data.decode` and `data.views.center_crop` compute, up to 8-bit rounding. Of 16-bit
+    Here Pillow computes what `data.decode` and `data.views.center_crop` compute, up to 8-bit rounding. For 16-bit
     colours Pillow reads only the high bytes.
 
     Args:

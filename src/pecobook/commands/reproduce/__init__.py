@@ -1,6 +1,6 @@
 """`pecobook reproduce`: train the runs of the paper's tables on your images, with a chosen budget and several seeds.
 
-duel.py       a study of our own, beside the paper's tables
+duel.py       our own study, in addition to the paper's tables
 few_labels.py the images of its fine-tuning
 budgets.py    the size and the length of every kind of run
 plan.py       the runs of all rows, each run once

@@ -88,7 +88,7 @@ def script(plan: Plan) -> str:
 
 
 def _kind_and_index(plan: Plan, name: str) -> tuple[str, int]:
-    """Return a job's array and its index there, that of its seed; further arrays take what one cannot hold."""
+    """Return a job's array and its index there, that of its seed; further arrays hold what does not fit."""
     kind, _, seed = name.rpartition("-")
     part, index = divmod(plan.config.seeds.index(int(seed)), _MOST_TASKS)
     return (f"{kind}+part{part}" if part else kind), index
