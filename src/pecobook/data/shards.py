@@ -39,7 +39,7 @@ _MAX_NOTES = 5
 _PART = 2**16  # rows that are hashed at a time
 _THREADS = 8  # remote shards whose headers are read at once
 _SAME_TIME = 2.0  # seconds; some file systems drop fractions of a second from file times
-_MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
+_MAX_OPEN = 256  # shards that each process keeps open; further shards are reopened for each image
 
 
 class ShardStore(Store):
@@ -228,7 +228,7 @@ def _load_index(source: str, shards: list[Path]) -> Any:
         except OSError as error:
             raise DataError(f"--data '{source}': '{shard}' cannot be opened: {error.strerror}.") from error
     path = cache_folder(f"shards-{key.hexdigest()[:32]}.parquet")
-    with contextlib.suppress(Exception):  # an index that is absent or damaged is made anew below
+    with contextlib.suppress(Exception):  # an index that is absent or damaged is rebuilt below
         return pq.read_table(path)
     index = make_index(source, shards)
     with contextlib.suppress(OSError):  # without a writable cache, only the next start takes longer

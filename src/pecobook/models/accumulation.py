@@ -32,7 +32,7 @@ def merged(parts: Sequence[Weighted], num_codewords: int) -> Weighted:
 
 
 class Sample:
-    """Every s-th vector of a step: `size` from all ranks together if there are as many, and less than twice that.
+    """Every s-th vector of a step: at least `size` (if there are that many) and less than twice that on all ranks.
 
     s is a power of two, so that the sample of a part can be thinned to that of the whole: it depends only on the number
     of vectors, not on the number of micro-batches or, with whole multiples of s on each, of ranks.

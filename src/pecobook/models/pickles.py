@@ -24,7 +24,7 @@ _SETTINGS_MODULES = (
 
 
 def load_tensors(file: Path) -> Any:
-    """Load a torch.save file; from a network pickled in a zip only the weights, from any other object nothing.
+    """Load a torch.save file: only the weights of a network pickled in a zip, nothing of any other object.
 
     Raises:
         Exception: any that torch raises for a damaged file, or for one that calls anything outside the known modules.
@@ -52,7 +52,7 @@ def _names_of_objects(file: Path) -> Collection[str]:
 
 
 class _Unread:
-    """Stands for an object of any class in a file, which is not instantiated; of a network, the weights are kept.
+    """Stands for an object of any class in a file, which is not instantiated; a network's weights are kept.
 
     A pickled network is a tree of objects that hold `_parameters`, `_buffers` and `_modules`.
     """

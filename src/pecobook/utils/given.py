@@ -1,6 +1,6 @@
 """Objects that Python code passes to a run instead of names: data sets, networks, a transform, a hook.
 
-The settings contain the name `python:CLASS` instead of such an object, and config.json therefore tells what it was. No
+The settings contain the name `python:CLASS` instead of such an object, and config.json therefore shows what it was. No
 file contains the object itself: a run can resume if the same Python code passes it again.
 """
 

@@ -90,7 +90,7 @@ def settle_meaning(
                 f"{ones:,} masks hold 1 and never 255, and {whites:,} hold 255, which is ignored, and never 1: if both "
                 f"mean '{meaning.names[1]}', save all masks with the same values."
             )
-            if len(used) >= 10 and 10 * min(ones, whites) >= len(used):  # ignored pixels lie beside objects
+            if len(used) >= 10 and 10 * min(ones, whites) >= len(used):  # ignored pixels lie next to objects
                 raise DataError(f"--data '{name}': {text}")
             notes.append(text)
     return meaning, notes
