@@ -29,6 +29,8 @@ from pecobook.settings.values import replace
 from tests.commands.test_reproduce import InThisProcess
 from tests.runs import SMALL
 
+ALL_ARMS = (*ARMS, "perceptual-random", "perceptual-shuffled")
+
 
 def make_plan(images: Path, out: Path, *tables: str, seeds: tuple[int, ...] = (0,), **settings: Any) -> Plan:
     config = ReproduceConfig(data=str(images), tables=tables, out=str(out), seeds=seeds, **settings)
@@ -81,13 +83,13 @@ def test_plan__a_public_network_has_an_arm_of_its_own(images: Path, tmp_path: Pa
     assert codebook.config.perceptual.network == given["network"]
     assert plan.jobs["codebook-perceptual+steady-0"].needs == ("network-contrast-0",)
     assert plan.duel is not None
-    assert "public lr0.001" in plan.duel.remarks()[0]
+    assert "public lr0.001" in plan.duel.remarks(ALL_ARMS)[0]
     tuning = make_plan(images, tmp_path, "duel-tuning", **given)
     assert len([name for name in tuning.jobs if name.startswith("vit-public")]) == 4
     without = make_plan(images, tmp_path, "duel")
     assert not any("public" in name for name in without.jobs)
-    assert without.duel is not None
-    assert "public" not in without.duel.remarks()[0]
+    (measured,) = measured_tables(without)
+    assert "public" not in next(line for line in measured.remarks if line.startswith("Settings"))
     assert without.left_out()[-1].endswith("(needs --network NETWORK).")
 
 
@@ -141,7 +143,7 @@ def test_tuning__chooses_by_validation_and_never_by_test(images: Path, tmp_path:
     assert tuning.jobs["codebook-perceptual+rising-100"].config.perceptual.warmup == 300  # half of 600 steps
     plan = make_plan(images, tmp_path, "duel")
     assert plan.duel is not None
-    assert "not tuned" in plan.duel.remarks()[0]
+    assert "not tuned" in plan.duel.remarks(ALL_ARMS)[0]
     for number, setting in enumerate(settings_of("perceptual")):
         write_probe(
             tmp_path, f"{run_name('perceptual', setting)}-100", validation=40.0 + number % 3, test=90.0 - number
@@ -153,7 +155,7 @@ def test_tuning__chooses_by_validation_and_never_by_test(images: Path, tmp_path:
     assert "vit-perceptual+rising-lr0.001-0" in tuned.jobs
     assert "vit-perceptual+lr0.001-0" not in tuned.jobs
     assert tuned.duel is not None
-    assert "chosen on validation images" in tuned.duel.remarks()[0]
+    assert "chosen on validation images" in tuned.duel.remarks(ALL_ARMS)[0]
 
 
 def test_tuning__seeds_of_the_study_do_not_choose_again(images: Path, tmp_path: Path) -> None:

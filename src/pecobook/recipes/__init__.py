@@ -1,5 +1,5 @@
-"""Recipes: named settings with a documented claim. Each function of the modules here is a recipe; an alias is an
-assignment below it. `pecobook recipes` lists all recipes.
+"""Recipes: named settings with a documented claim. Each public function of the modules here is a recipe; an alias
+is an assignment below it. `pecobook recipes` lists all recipes.
 
 The first line of a docstring is the claim; "Source", "Command", "Cost" and "Result" follow where they are known. A
 result belongs to exactly these settings, or names the settings it belongs to. The `tiny` recipes run the same code as
@@ -22,11 +22,11 @@ Recipe: TypeAlias = Callable[[], TrainConfig]
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Recipe]:
-    """Return the functions of a module, each of which is a recipe, in source order and keyed by name with dashes."""
+    """Return the public functions of a module, each a recipe, in source order and keyed by name with dashes."""
     return {
         name.replace("_", "-"): value
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
 
 

@@ -41,9 +41,9 @@ class Occurrences:
         return self._counts.reshape(self._shape).sum(0)  # type: ignore[no-any-return]
 
     @property
-    def drawn(self) -> list[tuple[int, ...]]:
+    def drawn(self) -> tuple[tuple[int, ...], ...]:
         """(image, view, row, column), one position per image, in random order."""
-        return [(image, *map(int, np.unravel_index(place, self._shape))) for _, image, place in self._drawn]
+        return tuple((image, *map(int, np.unravel_index(place, self._shape))) for _, image, place in self._drawn)
 
     def add(self, images: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """Add positions (n,) in images (n,), sorted by image; one call must contain all positions of an image."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.evidence import LEVEL, difference
-from pecobook.commands.duel_arms import ARMS, Setting, run_name, settings_of
+from pecobook.commands.duel_arms import Setting, run_name, settings_of
 from pecobook.commands.jobs import Job
 from pecobook.commands.reproduce.few_labels import FOLDERS, few_labels
 from pecobook.commands.reproduce.transfers import last_metrics
@@ -35,7 +35,6 @@ from pecobook.settings.training import BackboneConfig, OptimConfig
 from pecobook.settings.values import replace
 from pecobook.utils.json_files import NUMBER, OBJECT, Kind, is_number, read_json
 
-CONTROLS = ("perceptual-random", "perceptual-shuffled")
 POWER = 2.0
 """Number of points by which a power control must beat the pixel codebook; otherwise the budget can show nothing."""
 FIRST = ("supervised", "classification", "pixel")
@@ -202,24 +201,28 @@ class Duel:
     def _complete_tunings(self, arm: str) -> list[dict[Setting, float]]:
         """Return every setting's validation accuracy, for each seed at which all settings were trained."""
         by_seed: dict[str, dict[Setting, float]] = {}
-        runs = self.out / "runs"
-        of_study = {str(seed) for seed in self.config.seeds} | {run.name.split("-")[-1] for run in runs.glob("few-*")}
-        kind, end = ("tune", "/export/config.json") if arm == "scratch" else ("probe", ".json")
+        runs, is_scratch = self.out / "runs", arm == "scratch"
+        kind, end = ("tune", "/export/config.json") if is_scratch else ("probe", ".json")
         for setting in settings_of(arm):
             prefix = f"{kind}-{run_name(arm, setting)}-"
             for file in runs.glob(f"{prefix}*{end}"):
                 seed = str(file.relative_to(runs)).removeprefix(prefix).removesuffix(end)
-                if seed not in of_study:
-                    by_seed.setdefault(seed, {})[setting] = (
-                        validation_accuracy(file)
-                        if kind == "probe"
-                        else last_metrics(file.parents[1])["evaluation/top1"]
+                if seed not in self._seeds_of_study:
+                    score = (
+                        last_metrics(file.parents[1])["evaluation/top1"] if is_scratch else validation_accuracy(file)
                     )
+                    by_seed.setdefault(seed, {})[setting] = score
         return [scores for scores in by_seed.values() if len(scores) == len(settings_of(arm))]
 
-    def remarks(self) -> list[str]:
-        """Return a line on the settings of all arms, and whether they were tuned."""
-        arms = [arm for arm in (*ARMS, *CONTROLS) if arm != "public" or self.config.network]
+    @cached_property
+    def _seeds_of_study(self) -> set[str]:
+        """The seeds of this command and of earlier ones; only the study fine-tunes on the few labels."""
+        earlier = {run.name.rpartition("-")[2] for run in (self.out / "runs").glob("few-*")}
+        return {*map(str, self.config.seeds), *earlier}
+
+    def remarks(self, arms: Iterable[str]) -> list[str]:
+        """Return a line on the settings of the arms, and whether they were tuned."""
+        arms = list(arms)
         chosen = ", ".join(f"{arm} {self.chosen(arm).name}" for arm in arms)
         tuned = any(self._complete_tunings(arm) for arm in arms)
         how = "chosen on validation images" if tuned else "not tuned: run duel-tuning with another seed first"

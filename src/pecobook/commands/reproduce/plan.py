@@ -133,7 +133,7 @@ class Plan:
 
     def _unused(self) -> list[str]:
         """Return a line for each given network or source that no job reads."""
-        words = " ".join(word for job in self.jobs.values() for word in job.words)
+        words = {word.removeprefix("dalle:") for job in self.jobs.values() for word in job.words}
         given = {name: getattr(self.config, name) for name in _GIVEN} | {"backbone.name": self.config.backbone.name}
         unused = [name for name, value in given.items() if value and value not in words]
         return [f"Not used by these tables: --{name.replace('_', '-')} {given[name]}." for name in unused]

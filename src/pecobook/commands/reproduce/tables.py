@@ -59,7 +59,7 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
         lines = plan.unmeasured(table.figures)
         if plan.duel is not None and name == DUEL:
             linear = {row.arm: values.get("linear", {}) for row, values, _ in rows}
-            lines += [*plan.duel.remarks(), *reading(linear)]
+            lines += [*plan.duel.remarks(row.arm for row, _, missing in rows if not missing), *reading(linear)]
         measured.append(MeasuredTable(name, table, tuple(rows), tuple(lines)))
     return measured
 
