@@ -270,8 +270,9 @@ def test_begin_or_resume__refuses_changed_data_until_they_are_accepted(
 ) -> None:
     accepted: list[bool] = []
 
-    def run(*_: object, accept_data_change: bool = False) -> None:
-        accepted.append(accept_data_change)
+    def run(jobs: dict[str, Job], *_: object) -> None:
+        (accepts,) = {job.accept_data_change for job in jobs.values()}
+        accepted.append(accepts)
         raise BegunError
 
     for module in ("demo", "reproduce"):
@@ -315,11 +316,11 @@ def test_run_all__passes_on_that_the_change_is_accepted(runs: Path) -> None:
     script.write_text(
         script.read_text().replace("time.sleep(0.5)  #", "(out / 'words').write_text(str(sys.argv)) #", 1)
     )
-    jobs = {"a": job(runs, "a"), "b": job(runs, "b")}
+    jobs = {name: dataclasses.replace(job(runs, name), accept_data_change=True) for name in ("a", "b")}
     (runs / "a").mkdir()
     (runs / "a" / "config.json").write_text("{}")
     (runs / "b").mkdir()
-    run_all(jobs, runs, accept_data_change=True)
+    run_all(jobs, runs)
     assert "'--resume', 'auto', '--accept-data-change']" in (runs / "a" / "words").read_text()
     assert "--accept-data-change" not in (runs / "b" / "words").read_text()
 

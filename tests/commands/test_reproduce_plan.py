@@ -384,6 +384,7 @@ def test_slurm__submits_arrays_that_wait_seed_by_seed(images: Path, tmp_path: Pa
         submitted["codebook-pixel"][2],
     }
     assert options["output"] == f"{tmp_path}/it's 100%%/logs/vit-pixel-%a.out"
+    assert (tmp_path / "it's 100%" / "logs").is_dir()
     assert submitted["judged-pixel" if "judged-pixel" in submitted else "analysis-pixel"][0]["gpus-per-node"] == "1"
     codebook = submitted["codebook-pixel"][1]
     assert "\n1) : ;;\n" in codebook, "a finished task keeps its place"

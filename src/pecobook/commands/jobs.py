@@ -47,6 +47,8 @@ class Job:
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
     """Names of the jobs that must be finished first."""
+    accept_data_change: bool = False
+    """Whether a training or a token bank that began with other data continues; without it, the job is refused."""
     work: float = 1.0
     """Duration relative to the other jobs; only the estimate of the remaining time uses it."""
 
@@ -91,7 +93,9 @@ class Job:
         # The recipe from which the fewest settings differ, so that the line is short.
         flags = {name: flag_words(self.config, load(name), always=("data", "out"), never=("resume",)) for name in names}
         recipe = min(flags, key=lambda name: len(flags[name]))
-        return (self.command, recipe, *flags[recipe], "--resume", "auto")
+        accepts = self.accept_data_change and (self.out / "config.json").exists()
+        accepting = ("--accept-data-change",) if accepts else ()
+        return (self.command, recipe, *flags[recipe], "--resume", "auto", *accepting)
 
 
 def _written_part(bank: Path) -> float:
@@ -187,11 +191,10 @@ _PERIOD = 0.5
 
 
 @_exit_on_signals()
-def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept_data_change: bool = False) -> Outcome:
+def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcome:
     """Run all unfinished jobs that no other process runs, and wait for those that another process runs.
 
-    A failing job does not end the others; those that need it are not run. Interrupted jobs refuse data that have
-    changed since they began, unless `accept_data_change` is given.
+    A failing job does not end the others; those that need it are not run.
     """
     (out / "logs").mkdir(exist_ok=True)
     free_slots = gpu_slots(gpus_per_run)
@@ -219,10 +222,7 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept
                     and (lock := _try_lock(job, out / "locks" / name)) is not None
                 ):
                     del waiting[name]
-                    slot, words = free_slots.pop(0), job.words
-                    if accept_data_change and (job.out / "config.json").exists():
-                        words = (*words, "--accept-data-change")
-                    running[name] = _Running(name, words, out, slot, lock)
+                    running[name] = _Running(name, job.words, out, free_slots.pop(0), lock)
             progress.show(running)
             time.sleep(_PERIOD * max(1.0, len(jobs) / 50))
     finally:

@@ -17,18 +17,29 @@ from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
 
-def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
+def resumed_folder(
+    out: str, settings: dict[str, Any], defaults: dict[str, Any], *, optional: tuple[str, ...] = (), **rules: Any
+) -> OutputFolder:
     """Return the rules for the folder of a command that resumes its jobs if the folder has the same settings.
 
     Args:
         out: the folder.
-        settings: settings that must not change when the command resumes; the marker holds them.
+        settings: settings that must not change when the command resumes; the marker holds them. Those that are
+            `optional` are completed when an old folder is checked.
         defaults: default values of these settings.
+        optional: beginnings of names of settings that one command may give and another may leave out, since they only
+            add jobs; a value that was given must not change.
         rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
     """
 
     def check_unchanged(old: dict[str, Any]) -> None:
-        changed = changed_settings(complete(old, defaults), settings)
+        old = complete(old, defaults)
+        for group in ([name for name in settings if name.startswith(start)] for start in optional):
+            if not any(settings[name] for name in group):
+                settings.update({name: old[name] for name in group})
+            elif not any(old[name] for name in group):
+                old.update({name: settings[name] for name in group})
+        changed = changed_settings(old, settings)
         if changed:
             raise RunFolderError(
                 f"--out '{out}' was begun with other settings: {'; '.join(changed)}. Name another folder."

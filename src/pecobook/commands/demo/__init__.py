@@ -54,7 +54,7 @@ def _write_all(config: DemoConfig) -> Path:
     out = Path(config.out)
     began = time.monotonic()
     jobs = plan(config)
-    run_all(jobs, out, accept_data_change=config.accept_data_change).check(out)
+    run_all(jobs, out).check(out)
     cost = seconds_of(jobs)
     show("measuring on held-out images")
     measuring_began = time.monotonic()

@@ -60,7 +60,9 @@ def plan(config: DemoConfig) -> dict[str, Job]:
     # pixel codebook and its ViT.
     order = ("contrast", "codebook-pixel", "vit-pixel", "codebook-perceptual", "codebook-control", "vit-perceptual")
     sizes = {name: int(job.config.max_steps) * int(job.config.batch_size) for name, job in jobs.items()}
-    return {name: dataclasses.replace(jobs[name], work=_COST[jobs[name].command] * sizes[name]) for name in order}
+    work = {name: _COST[job.command] * sizes[name] for name, job in jobs.items()}
+    accept = config.accept_data_change
+    return {name: dataclasses.replace(jobs[name], work=work[name], accept_data_change=accept) for name in order}
 
 
 # Relative cost of one image, measured on one core with the sizes of the CPU budget.

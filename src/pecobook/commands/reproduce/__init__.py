@@ -95,7 +95,7 @@ def _run(plan: Plan, out: Path) -> Outcome:
             for name, job in plan.jobs.items()
         }
         show(rehearsal.remaining_time(plan, seconds))
-    return run_all(jobs, out, plan.gpus_per_run, accept_data_change=plan.config.accept_data_change)
+    return run_all(jobs, out, plan.gpus_per_run)
 
 
 def _write_plan(plan: Plan) -> None:
@@ -120,7 +120,7 @@ def _preflight(config: ReproduceConfig) -> Plan:
     preflight.check(lambda: require("analysis", "pecobook reproduce"))
     paper_tables = preflight.check(lambda: chosen_tables(config.tables))
     splits = preflight.check(lambda: open_readable(config.data, config.value_range))
-    preflight.check(_folder(config).check)
+    preflight.check(_folder(config, _fixed_settings(config)).check)
     for flag, name in (("commands", config.commands), ("slurm", config.slurm)):
         preflight.check(partial(_check_file, flag, name))
     if config.commands and Path(config.commands).resolve() == Path(config.slurm).resolve():
@@ -139,7 +139,7 @@ def _preflight(config: ReproduceConfig) -> Plan:
 
 def _check_plan(plan: Plan, preflight: Preflight) -> None:
     config = plan.config
-    check_given(plan, preflight, download=config.train and not (config.dry_run or config.commands or config.slurm))
+    check_given(plan, preflight, download=config.train and not config.dry_run)
     if not plan.jobs:
         preflight.problems.append(ConfigError("\n".join(["There is nothing to run.", *plan.left_out()])))
     names = [config.data, config.out, str(Path.cwd()), *(name for job in plan.jobs.values() for name in job.words)]
@@ -149,6 +149,10 @@ def _check_plan(plan: Plan, preflight: Preflight) -> None:
         preflight.problems.append(ConfigError(f"--{flag}: {broken!r} has a line break: rename it."))
 
 
+_OPTIONAL = ("dino", "dalle", "more_data", "segmentation_", "detection_data", "kinetics", "ssv2")
+"""Beginnings of names of settings that add rows or columns and change no others."""
+
+
 def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
     """Return the settings that must not change when a folder is resumed."""
     run = ("tables", "out", "seeds", "transfer", "gpus_per_run", "micro_batch_size", "compile")
@@ -156,16 +160,16 @@ def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name not in (*run, *start)}
 
 
-def _folder(config: ReproduceConfig) -> OutputFolder:
-    settings, defaults = _fixed_settings(config), _fixed_settings(ReproduceConfig())
+def _folder(config: ReproduceConfig, settings: dict[str, Any]) -> OutputFolder:
+    defaults = _fixed_settings(ReproduceConfig())
     rules: dict[str, Any] = {"example": "runs/tables", "kind": "tables", "marker": "reproduce.json", "shared": True}
-    return resumed_folder(config.out, settings, defaults, data=config.data, **rules)
+    return resumed_folder(config.out, settings, defaults, optional=_OPTIONAL, data=config.data, **rules)
 
 
 def _begin(plan: Plan) -> None:
     """Create or continue the folder; it is not locked afterwards, since other processes may run its jobs too."""
-    config = plan.config
-    with begin_or_resume(_folder(config), config, plan.splits, _fixed_settings(config)):
+    config, settings = plan.config, _fixed_settings(plan.config)
+    with begin_or_resume(_folder(config, settings), config, plan.splits, settings):
         (Path(config.out) / "runs").mkdir(exist_ok=True)
         for kind in {name.partition("-")[0] for name in plan.jobs} & FOLDERS.keys():
             write_images(plan.splits, kind, Path(config.out))

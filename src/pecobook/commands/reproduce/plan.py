@@ -102,7 +102,8 @@ class Plan:
             return "--network NETWORK"
         if arm == "half-depth" and self.budget.codebook.model.num_blocks < 2:
             return "a budget whose decoder has two blocks to halve"
-        if arm in ("classification", "supervised") and not self.has_labels:
+        supervised = () if self.config.supervised or self.budget.supervised is None else ("supervised",)
+        if not self.has_labels and arm.partition("-")[0] in (*FROM_SCRATCH, "classification", *supervised):
             return "labels"
         return ""
 
@@ -133,9 +134,9 @@ class Plan:
 
     def _unused(self) -> list[str]:
         """Return a line for each given network or source that no job reads."""
-        words = {word.removeprefix("dalle:") for job in self.jobs.values() for word in job.words}
+        used = "".join(repr(job.config) for job in self.jobs.values()).replace("dalle:", "")
         given = {name: getattr(self.config, name) for name in _GIVEN} | {"backbone.name": self.config.backbone.name}
-        unused = [name for name, value in given.items() if value and value not in words]
+        unused = [name for name, value in given.items() if value and repr(value) not in used]
         return [f"Not used by these tables: --{name.replace('_', '-')} {given[name]}." for name in unused]
 
     def _waits_for_data(self, table: PaperTable) -> bool:
@@ -164,7 +165,8 @@ class Plan:
             config: settings of the command, whose `out` is `self.out(name)`.
             needs: names of the jobs that must finish first; empty names are ignored.
         """
-        self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs))))
+        accept = self.config.accept_data_change
+        self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs)), accept))
 
     def out(self, name: str) -> str:
         """Return the folder of a job."""
@@ -273,9 +275,8 @@ class Plan:
         if f"judged-{arm}-{seed}" in self.jobs:
             return
         self.jobs.pop(f"analysis-{arm}-{seed}", None)  # an analysis with a classifier holds all figures of one without
-        settings = AnalyzeConfig(
-            tokenizer=tokenizer, data=self.config.data, out=self.out(name), classifier=classifier, seed=seed
-        )
+        source: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
+        settings = AnalyzeConfig(tokenizer=tokenizer, out=self.out(name), classifier=classifier, **source)
         if self.budget.max_images:
             most = self.budget.max_images
             settings = dataclasses.replace(settings, max_train=most, max_test=most)
@@ -294,8 +295,6 @@ class Plan:
         for kind in [kind for kind in kinds if kind in self.transfer_data]:
             part, name, data = Arm.parse(arm), f"{kind}-{arm}-{seed}", self.transfer_data[kind]
             is_scratch = part.target in FROM_SCRATCH
-            if is_scratch and not self.has_labels:
-                continue
             backbone, job = self._add_classifier(arm, seed) if is_scratch else self._backbone(part, seed)
             changes = {"backbone": backbone, "num_images": data.num_images, **data.settings}
             base = self.budget.transfers.get(f"{kind}-{part.target}", self.budget.transfers[kind])

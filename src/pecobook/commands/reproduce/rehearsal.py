@@ -110,7 +110,7 @@ def _short_job(job: Job, needs: tuple[str, ...], runs: Path, rehearsals: Path) -
     settings = move_paths(to_dict(job.config), runs, rehearsals)
     if "tokens" in settings and job.command == "pretrain":
         changes = {**changes, "tokens": ""}
-    return Job(job.command, replace(replace(job.config, settings), changes), needs)
+    return Job(job.command, replace(replace(job.config, settings), changes), needs, job.accept_data_change)
 
 
 def move_paths(value: Any, old: Path, new: Path) -> Any:

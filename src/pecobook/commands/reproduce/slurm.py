@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 from pecobook.commands.reproduce.listing import HEADER, command_line, command_words, tables_line
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.recipes import RECIPES
 
-_MOST_GPUS = 8
-"""Number of GPUs of a training at budget paper, unless GPUS or --gpus-per-run sets another number."""
+_ALL_GPUS = 8
+"""Number of GPUs of a training that takes all of a machine, unless GPUS or --gpus-per-run sets another number."""
 _MOST_TASKS = 1000
 """Number of tasks in an array; Slurm's MaxArraySize, unless an administrator changed it, is 1,001."""
 
@@ -23,7 +24,7 @@ set -eu
 gpus=${{GPUS:-{gpus}}} cpus=${{CPUS:-12}}
 options=("$@")
 cd {folder}
-mkdir -p {logs}
+mkdir -p {log_folder}
 
 task_begins='#!/bin/bash
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
@@ -58,14 +59,15 @@ def script(plan: Plan) -> str:
         arrays.setdefault(kind, {})[index] = name
     arrays = {kind: names for kind, names in arrays.items() if not all(plan.jobs[n].finished for n in names.values())}
     folder = Path.cwd()
-    logs = shlex.quote(str(folder / config.out / "logs").replace("%", "%%"))
+    logs = str(folder / config.out / "logs")
     lines = [
         _START.format(
             header=HEADER,
             command=shlex.join(command_words(config, out=True)),
             folder=shlex.quote(str(folder)),
-            logs=logs,
-            gpus=min(plan.gpus_per_run, _MOST_GPUS),
+            log_folder=shlex.quote(logs),
+            logs=shlex.quote(logs.replace("%", "%%")),  # sbatch replaces %a and the like in the names of outputs
+            gpus=_ALL_GPUS if plan.gpus_per_run == sys.maxsize else plan.gpus_per_run,
         )
     ]
     variables = {kind: f"job{number}" for number, kind in enumerate(arrays)}

@@ -33,6 +33,8 @@ class MeasuredTable:
     """Row, values, and what is missing to train the row (an empty string if nothing is)."""
     remarks: tuple[str, ...] = ()
     """Lines on the figures that could not be measured."""
+    primary: str = ""
+    """The heading of the primary figure; if empty, the table's first."""
 
     @property
     def figures(self) -> tuple[tuple[str, str], ...]:
@@ -57,10 +59,13 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
                     values.setdefault(figure, {})[seed] = value
             rows.append((row, values, missing))
         lines = plan.unmeasured(table.figures)
+        given = [row.label for row in table.rows if plan.config.network and plan.canonical(row.arm) != row.arm]
+        lines += [f"The row '{label}' has the network {plan.config.network}." for label in given]
         if plan.duel is not None and name == DUEL:
             linear = {row.arm: values.get("linear", {}) for row, values, _ in rows}
             lines += [*plan.duel.remarks(row.arm for row, _, missing in rows if not missing), *reading(linear)]
-        measured.append(MeasuredTable(name, table, tuple(rows), tuple(lines)))
+        primary = next((heading for figure, heading in table.figures if not plan.missing_for_figure(figure)), "")
+        measured.append(MeasuredTable(name, table, tuple(rows), tuple(lines), primary))
     return measured
 
 
@@ -106,10 +111,10 @@ def header_and_rows(measured: MeasuredTable) -> tuple[tuple[str, ...], list[tupl
 def gains_over_controls(measured: MeasuredTable) -> list[str]:
     """Return lines on the gain of each perceptual loss over the pixel loss and over the controls, with intervals.
 
-    The first measured figure is the primary one. Its differences are read together, with one correction, and those of
-    all other figures together, with another.
+    The first figure that the command measures is the primary one, also before its runs are finished. Its differences
+    are read together, with one correction, and those of all other figures together, with another.
     """
-    primary = next((heading for figure, heading in measured.table.figures if measured.has(figure)), "")
+    primary = measured.primary or measured.table.figures[0][1]
     gains = _gains(measured)
     lines = []
     for is_primary, kind in ((True, "Primary"), (False, "Secondary")):
@@ -165,17 +170,18 @@ def comma_separated(tables: Sequence[MeasuredTable]) -> str:
     """Return all figures as CSV, one line per row and figure."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "row", "arm", "control", "figure", "paper", "mean", "deviation", "values"])
+    writer.writerow(["table", "row", "arm", "control", "figure", "paper", "mean", "deviation", "values", "seeds"])
     for measured in tables:
         for row, all_values, _ in measured.rows:
             for figure, _ in measured.figures:
-                values = list(all_values.get(figure, {}).values())
+                seeds = all_values.get(figure, {})
+                values = list(seeds.values())
                 number = measured.table.paper_number(row, figure)
                 mean = round(statistics.mean(values), 3) if values else None
                 deviation = round(statistics.stdev(values), 3) if len(values) > 1 else None
                 by_seed = " ".join(f"{value:.3f}" for value in values)
                 cells = [measured.name, row.label, row.arm, row.control, figure, number, mean, deviation, by_seed]
-                writer.writerow(cells)
+                writer.writerow([*cells, " ".join(map(str, seeds))])
     return out.getvalue()
 
 
