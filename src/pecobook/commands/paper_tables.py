@@ -289,7 +289,7 @@ TABLES = {
         "Table 7 of version 1: more data for the tokenizer",
         (FINETUNED, PROBE, CROSSED),
         (Row("tokenizer trained on the same images", "perceptual"), Row("on more images", "more-data")),
-        note="The paper gives these numbers only in a figure; its text says that more data does not help.",
+        note="The numbers of this table are not known to us; the paper's text says that more data does not help.",
     ),
     DUEL: PaperTable(
         "A study fixed beforehand: what a ViT learns from perceptual codes, a control's and pixels",

@@ -64,7 +64,7 @@ class ReproduceConfig(ManyRunsConfig):
     ssv2: str = ""
     """A folder of clips for the second column of Table 9, Something-Something v2."""
     more_data: str = ""
-    """Additional images, for Table 7 of the paper's first version."""
+    """A larger set of images, on which the tokenizer of a row of `v1-table7` is trained instead of on --data."""
     gpus_per_run: int = 0
     """Number of GPUs per run; other runs use the remaining GPUs. 0 gives each run one GPU, or all GPUs with budget
     paper."""

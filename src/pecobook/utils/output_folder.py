@@ -188,11 +188,13 @@ def _check_length(path: Path, flag: str = "out") -> None:
 
 def check_new_file(out: str, flag: str = "out") -> None:
     """Raise RunFolderError if a flag's file exists or cannot be written; an empty `out` names no file."""
+    if not out:
+        return
     file = Path(out)
     _check_length(file, flag)
-    if out and file.exists():
+    if file.exists():
         raise RunFolderError(f"--{flag} '{out}' exists already: name another file.")
-    if out and not file.parent.is_dir():
+    if not file.parent.is_dir():
         raise RunFolderError(f"--{flag} '{out}' cannot be written: make the folder '{file.parent}' first.")
     _check_permission(file, file.parent, flag)
 

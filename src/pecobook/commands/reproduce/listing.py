@@ -118,8 +118,8 @@ def commands(plan: Plan) -> str:
     lines = [
         f"{HEADER}{shlex.join(command_words(plan.config, out=True))}",
         f"# Begun in the folder {shlex.quote(str(Path.cwd()))}. One job a line, and each needs earlier lines alone:",
-        "# COMMAND  # NAME after NAMES. The jobs NAMES must be finished before. A line may be repeated: it continues",
-        "# what was interrupted. The last line writes the tables.",
+        "# COMMAND  # NAME after NAMES. The jobs NAMES must be finished before. An interrupted line may be run again.",
+        "# Written again, this file has only what is missing. The last line writes the tables.",
     ]
     for name, job in left.items():
         needs = " ".join(need for need in job.needs if need in left)
