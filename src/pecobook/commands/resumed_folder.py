@@ -24,11 +24,10 @@ def resumed_folder(
 
     Args:
         out: the folder.
-        settings: settings that must not change when the command resumes; the marker holds them. Those that are
-            `optional` are completed when an old folder is checked.
+        settings: settings that must not change when the command resumes; the marker holds them.
         defaults: default values of these settings.
-        optional: beginnings of names of settings that one command may give and another may leave out, since they only
-            add jobs; a value that was given must not change.
+        optional: beginnings of names of settings that a command may leave out, since they only add jobs; a check of
+            the folder then takes their earlier values into `settings`.
         rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
     """
 

@@ -325,12 +325,9 @@ def reading(linear: Mapping[str, Mapping[int, float]]) -> list[str]:
     told = ", ".join(f"{arm} {mean:+.1f}" for arm, mean in measured.items()).replace("-", "−")
     lines = [f"Power: the controls that know the labels, over the pixel codebook: {told} points."]
     if max(measured.values()) < POWER:
-        if len(measured) < len(controls):
-            return [*lines, "The other control is not measured, so the power is not known."]
-        return [
-            *lines,
-            f"Neither leads by {POWER:g} points: this budget has no power, and nothing else is read from it.",
-        ]
+        none = f"Neither leads by {POWER:g} points: this budget has no power, and nothing else is read from it."
+        unknown = "The other control is not measured, so the power is not known."
+        return [*lines, none if len(measured) == len(controls) else unknown]
     gain = difference("", linear.get("perceptual", {}), linear.get("perceptual-random", {}))
     low, high = gain.interval
     if low >= -1 and high <= 1:

@@ -88,8 +88,8 @@ def _taken(costs: Iterable[Cost], *, long: bool = False) -> str:
 
 
 def as_json(plan: Plan) -> str:
-    """Return the plan as a JSON object: `command`, the `folder` if it was given, and lists: `left_out`, the columns and
-    the rows that are not measured, and `jobs`, each of which needs only earlier ones.
+    """Return the plan as a JSON object: `command`, the `folder` where it was given, and lists: `left_out`, the columns
+    and the rows that are not measured, and `jobs`, each of which needs only earlier ones.
     """
     jobs = []
     for name, job in plan.jobs.items():
