@@ -117,9 +117,9 @@ def commands(plan: Plan) -> str:
     left = {name: job for name, job in plan.jobs.items() if not job.finished}
     lines = [
         f"{HEADER}{shlex.join(command_words(plan.config, out=True))}",
-        f"# Begun in the folder {shlex.quote(str(Path.cwd()))}. One job a line, and each needs earlier lines alone:",
-        "# COMMAND  # NAME after NAMES. The jobs NAMES must be finished before. A line may be repeated: it continues",
-        "# what was interrupted. The last line writes the tables.",
+        f"# Begun in the folder {shlex.quote(str(Path.cwd()))}. One job a line, which needs only earlier lines:",
+        "# COMMAND  # NAME after NAMES. The jobs NAMES must finish first. A line may be repeated: it continues what",
+        "# was interrupted. The last line writes the tables.",
     ]
     for name, job in left.items():
         needs = " ".join(need for need in job.needs if need in left)
