@@ -14,12 +14,16 @@ import shutil
 import signal
 import struct
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_LONGEST_CUT = 60.0
+"""Seconds within which a power cut has killed its process."""
 
 
 class Counter:
@@ -53,6 +57,8 @@ class FileEvents:
         self.folder, self.counter, self.at, self.action = str(folder), counter, at, action
         self.unsynced: dict[str, int] = {}
         self._inside = False
+        # Half of the events are those of TensorBoard's thread, which opens its file for every record.
+        self._one_at_a_time = threading.RLock()
 
     def install(self) -> None:
         """Begin to count; an audit hook stays until the process ends."""
@@ -61,12 +67,15 @@ class FileEvents:
         def fsync(file: Any) -> None:
             number = file if isinstance(file, int) else file.fileno()
             path = str(Path(f"/proc/self/fd/{number}").readlink())
-            self._event("fsync", path)
-            original(file)
-            if path in self.unsynced:
-                self.unsynced[path] = os.fstat(number).st_size
+            with self._one_at_a_time:
+                self._event("fsync", path)
+                original(file)
+                if path in self.unsynced:
+                    self.unsynced[path] = os.fstat(number).st_size
 
         os.fsync = fsync  # type: ignore[assignment]
+        lock = self._one_at_a_time
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -80,19 +89,22 @@ class FileEvents:
                 self._event(event, os.fsdecode(path), arguments)
 
     def _event(self, event: str, path: str, arguments: tuple[Any, ...] = ()) -> None:
-        if self._inside or not path.startswith(self.folder):
+        if not path.startswith(self.folder):
             return
-        self._inside = True
-        try:
-            number = self.counter.add()
-            if self.at and number >= self.at:
-                self.action(event, path)
-            if event == "open":
-                self.unsynced.setdefault(path, 0)
-            elif event == "os.rename" and path in self.unsynced:
-                self.unsynced[os.fsdecode(arguments[1])] = self.unsynced.pop(path)
-        finally:
-            self._inside = False
+        with self._one_at_a_time:
+            if self._inside:  # an event of the action
+                return
+            self._inside = True
+            try:
+                number = self.counter.add()
+                if self.at and number >= self.at:
+                    self.action(event, path)
+                if event == "open":
+                    self.unsynced.setdefault(path, 0)
+                elif event == "os.rename" and path in self.unsynced:
+                    self.unsynced[os.fsdecode(arguments[1])] = self.unsynced.pop(path)
+            finally:
+                self._inside = False
 
     # ----------------------------------------------------------------------------------------------------- actions
 
@@ -101,13 +113,29 @@ class FileEvents:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def power_cut(self, _event: str, _path: str) -> None:
-        """Lose a part of what was written and not flushed to the disk, then kill the process."""
-        chance = random.Random(self.at)
-        for path, safe in self.unsynced.items():
-            with contextlib.suppress(OSError):
-                size = Path(path).stat().st_size
-                os.truncate(path, chance.randint(min(safe, size), size))
-        os.kill(os.getpid(), signal.SIGKILL)
+        """Lose a part of what was written and not flushed to the disk, then kill the process.
+
+        A fork does that while all threads of the process are halted: what they write afterwards would otherwise follow
+        text that was cut off.
+        """
+        process = os.getpid()
+        if os.fork() == 0:
+            os.kill(process, signal.SIGSTOP)
+            while not all(_is_halted(task) for task in Path(f"/proc/{process}/task").iterdir()):
+                time.sleep(0.001)
+            chance = random.Random(self.at)
+            for path, safe in self.unsynced.items():
+                with contextlib.suppress(OSError):
+                    size = Path(path).stat().st_size
+                    os.truncate(path, chance.randint(min(safe, size), size))
+            os.kill(process, signal.SIGKILL)
+            os._exit(0)
+        time.sleep(_LONGEST_CUT)
+        raise RuntimeError("the power was not cut")
+
+
+def _is_halted(task: Path) -> bool:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def failing(number: int) -> Callable[[str, str], None]:

@@ -73,14 +73,17 @@ def test_json_lines__adds_later_metrics_of_a_step_to_its_line_also_after_a_resum
     ]
 
 
+@pytest.mark.parametrize("after", [b"", b'{"step": 3, "loss": 5.0}\n'], ids=["nothing", "a line"])
 @pytest.mark.parametrize("cut", [1, 2, 9, 21, 26, 27, 28, 29])
-def test_json_lines__a_line_cut_off_within_its_evaluation_keeps_the_rest(tmp_path: Path, cut: int) -> None:
+def test_json_lines__a_line_cut_off_within_its_evaluation_keeps_the_rest(
+    tmp_path: Path, cut: int, after: bytes
+) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, start_step=0)
     first.log({"loss": 2.0}, 2)
     first.log({"evaluation/accuracy": 3.0}, 2)
     first.close()
-    path.write_bytes(path.read_bytes()[:-cut])
+    path.write_bytes(path.read_bytes()[:-cut] + after)
     whole = {"step": 2, "loss": 2.0} | ({"evaluation/accuracy": 3.0} if cut == 1 else {})
     assert JsonLines(path, start_step=2).last == whole
     assert read(path) == [whole]

@@ -96,7 +96,7 @@ def _count_written(size: int) -> None:
 
 
 def limit_bytes() -> int:
-    """Return the largest size of the cache: the environment variable, or 50 GB, but at most half of the free disk."""
+    """Return the largest size of the cache that the environment variable allows; 50 GB if it is not set."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     try:
         limit = float(text or _LIMIT_GB)

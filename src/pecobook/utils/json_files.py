@@ -140,13 +140,18 @@ def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:
     return ""
 
 
+_LINE_START = '{"step": '
+
+
 def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return the lines of a metrics.jsonl and their values; lines that a crash cut off or damaged are left out.
 
-    A line that was cut off while an evaluation was added to it is returned as it was before.
+    A line that was cut off while an evaluation was added to it is returned as it was before. Another line may
+    follow the cut without a line break.
     """
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    content = path.read_text(encoding="utf-8", errors="replace")
+    for text in content.replace(_LINE_START, "\n" + _LINE_START).splitlines():
         before = text.partition(', "evaluation/')[0].rstrip(", ") + "}"
         for line in (text,) if text.endswith("}") else (before, before.rpartition(", ")[0] + "}"):
             try:

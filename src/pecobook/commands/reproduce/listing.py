@@ -117,8 +117,8 @@ def commands(plan: Plan) -> str:
     left = {name: job for name, job in plan.jobs.items() if not job.finished}
     lines = [
         f"{HEADER}{shlex.join(command_words(plan.config, out=True))}",
-        f"# Begun in the folder {shlex.quote(str(Path.cwd()))}. One job a line, and each needs earlier lines alone:",
-        "# COMMAND  # NAME after NAMES. The jobs NAMES must be finished before. An interrupted line may be run again.",
+        f"# Begun in the folder {shlex.quote(str(Path.cwd()))}. One job a line, which needs only earlier lines:",
+        "# COMMAND  # NAME after NAMES. The jobs NAMES must finish first. An interrupted line may be run again.",
         "# Written again, this file has only what is missing. The last line writes the tables.",
     ]
     for name, job in left.items():
