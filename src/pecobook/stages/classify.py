@@ -222,11 +222,10 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tupl
         mixup: alpha of the Beta distribution of Mixup's share (arXiv 1710.09412); 0 switches Mixup off.
         cutmix: alpha of the Beta distribution of CutMix's uncut area (arXiv 1905.04899); 0 switches CutMix off.
     """
-    kinds = [name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
+    kinds = [(name, alpha) for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
     if not kinds:
         return images, targets
-    kind = kinds[int(torch.randint(len(kinds), ()))]
-    alpha = mixup if kind == "mixup" else cutmix
+    kind, alpha = kinds[int(torch.randint(len(kinds), ()))]
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     if kind == "mixup":
         images = images.lerp(images.flip(0), 1 - share)
