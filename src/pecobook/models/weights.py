@@ -94,7 +94,8 @@ class Backbone(Exported):
         """Build the network that `settings` describes, with random weights."""
         network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
         _check_pooling(network, settings)
-        return cls(network, **{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+        return cls(network, **values)
 
     def load_exported(self, state: dict[str, Tensor]) -> None:
         """Load the weights of an export. Raises WeightsError if they do not fit."""
