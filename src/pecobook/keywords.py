@@ -276,6 +276,7 @@ class SegmenterKeywords(TypedDict, total=False):
     head_width: int
     auxiliary_width: int
     auxiliary_weight: float
+    dropout: float
 
 
 class PyramidKeywords(TypedDict, total=False):

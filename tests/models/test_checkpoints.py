@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.checkpoints import load_state, read_weights, to_timm_names
-from pecobook.models.weights import IMAGENET_MEAN, create_network, load_backbone
+from pecobook.models.checkpoints import load_state, read_checkpoint, read_weights, to_timm_names
+from pecobook.models.makers import maker_args
+from pecobook.models.weights import IMAGENET_MEAN, create_network, load_backbone, load_file
 
 # --------------------------------------------------------------------------------------------------------- load_state
 
@@ -169,6 +170,38 @@ def test_moco_v3__vit(tmp_path: Path) -> None:
     assert load_backbone("timm:test_vit", weights=str(plain)).mean == (0.5, 0.5, 0.5)
 
 
+def test_moco_v3__small_vit_has_twelve_heads(tmp_path: Path) -> None:
+    """timm's ViT-S has six: its attention would read the same weights as another network, without an error."""
+    torch.manual_seed(3)
+    file = str(tmp_path / "vit-s-300ep.pth.tar")
+    encoder = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, depth=2, img_size=32).eval()
+    torch.save(moco_v3(encoder, "head"), file)
+    torch.save(moco_v3(timm.create_model("test_vit", num_classes=0), "head"), tmp_path / "other.pth")
+    state = read_checkpoint(file).state
+    assert maker_args(state) == {"num_heads": 12}
+    assert maker_args(read_checkpoint(str(tmp_path / "other.pth")).state) == {}
+    small: dict[str, Any] = {"depth": 2, "img_size": 32}
+    with pytest.raises(WeightsError, match=r"do not fit this network: MoCo v3's has the arguments {'num_heads': 12}"):
+        load_file(
+            create_network("vit_small_patch16_224", num_classes=0, **small),
+            "vit_small_patch16_224",
+            small,
+            file,
+            read_checkpoint(file),
+        )
+
+
+def test_load_backbone__builds_moco_v3s_small_vit(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    encoder = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12).eval()
+    torch.save(moco_v3(encoder, "head"), tmp_path / "vit-s-300ep.pth.tar")
+    backbone = load_backbone("timm:vit_small_patch16_224", weights=str(tmp_path / "vit-s-300ep.pth.tar"))
+    images = torch.rand(1, 3, 224, 224)
+    assert_close(backbone.network.eval()(images), encoder(images))
+    assert backbone.args == {"num_heads": 12}  # an export builds it again
+    assert "timm:vit_small_patch16_224 is built with 12 heads, as in MoCo v3." in backbone.notes
+
+
 def test_moco_v3__resnet_50_has_torchvisions_names(tmp_path: Path) -> None:
     torch.manual_seed(3)
     encoder = torchvision.models.resnet50(num_classes=1)
@@ -242,6 +275,15 @@ def test_load_backbone__a_files_positions_are_interpolated_to_the_size(tmp_path:
     expected.set_input_size(img_size=96)
     images = torch.rand(1, 3, 96, 96)
     assert_close(backbone.network.eval()(images), expected.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_load_state__refuses_patches_of_another_size(name: str) -> None:
+    """timm would resample the kernels, and DINO's file for patches of 8 pixels would pass for the one of 16."""
+    small: dict[str, Any] = {"num_classes": 0, "depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}
+    state = create_network(name, patch_size=8, **small).state_dict()
+    with pytest.raises(WeightsError, match=r"of another shape \((.*, )?patch_embed.proj.weight"):
+        load_state(create_network(name, patch_size=16, **small), state, source="dino_deitsmall8_pretrain.pth")
 
 
 def test_load_state__resizes_the_shared_table_of_a_beit() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
+from pecobook.commands.extract import check_reads
 from pecobook.errors import PecobookError, WeightsError
 from pecobook.models.dense.pyramid import build_pyramid
 from pecobook.models.dry_run import dry_run, leaks
@@ -186,6 +187,12 @@ def test_check_network__of_pretraining(name: str, args: dict[str, Any], message:
         ),
         (
             "finetune",
+            {"backbone": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": 54},
+            "whole patches of 16 pixels leave out the last 6 pixels of every row and column. Give --image-size 48.",
+        ),
+        ("contrast", {"model.name": "vit_tiny_patch16_224", "image_size": 26}, "the last 10 pixels of every row"),
+        (
+            "finetune",
             {"backbone": "timm:vgg11", "weights": "random", "drop_path": 0.1},
             "timm's 'vgg11' has no stochastic depth: give --drop-path 0.",
         ),
@@ -208,6 +215,16 @@ def test_preflight__refuses_a_network_by_name_before_the_run_folder_exists(
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_check_reads__refuses_what_whole_patches_leave_out() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **(SMALL | {"img_size": 38}))
+    images = torch.rand(1, 3, 38, 38)
+    cut = images.clone()
+    cut[..., 32:] = cut[..., 32:, :] = 0
+    assert torch.equal(network.eval()(images), network(cut))  # timm reads neither the last columns nor the last rows
+    with pytest.raises(WeightsError, match="Give --image-size 40"):
+        check_reads(network, 38, "timm:vit_tiny_patch16_224")
 
 
 def test_finetune__of_a_distilled_network_trains_both_heads(images: Path, tmp_path: Path) -> None:

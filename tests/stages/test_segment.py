@@ -286,3 +286,5 @@ def test_recipes__load() -> None:
     assert (paper.optim.lr, paper.optim.layer_decay, paper.optim.schedule, paper.optim.warmup) == (
         3e-4, 0.65, "poly", "1500"
     )  # fmt: skip
+    assert paper.dropout == 0.1
+    assert paper.colours.hue == 18 / 180  # mmsegmentation's 18 are of OpenCV's 180 hues: 36 degrees

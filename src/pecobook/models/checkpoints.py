@@ -96,8 +96,7 @@ def read_checkpoint(path: str) -> Checkpoint:
             f"'{path}' is not a plain file of weights ({loading_reason(error)}); pecobook runs no code from a file.\n"
             "Convert it once to safetensors, in an environment that you trust, or download it again if it is damaged."
         ) from None
-    wrapper: list[str] = []
-    left: list[str] = []
+    wrapper, left = list[str](), list[str]()
     while isinstance(content, dict):
         inner = _inner(content)
         if inner is None:
@@ -229,8 +228,9 @@ def misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 def _convert_by_timm(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Return the weights as converted by timm's own loading of this kind of network; None if it cannot."""
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert is None:
-        return None
+    kernels = (weights.get("patch_embed.proj.weight") for weights in (state, network.state_dict()))
+    if convert is None or len({kernel.shape[2:] for kernel in kernels if kernel is not None and kernel.ndim > 2}) > 1:
+        return None  # timm would resample the kernels of a network with patches of another size
     if any(name.startswith("decoder") for name in state):  # MAE's mask token, which timm would take for DINOv2's
         state = {name: value for name, value in state.items() if name != "mask_token"}
     try:

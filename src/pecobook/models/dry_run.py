@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pecobook.errors import WeightsError, first_line
+from pecobook.models.network_traits import has_patch_tokens
 
 # What a network raises when it is built or used for a purpose that it does not support.
 _FAILURES = (RuntimeError, AssertionError, AttributeError, TypeError, ValueError, LookupError, NameError)
@@ -53,6 +54,13 @@ def dry_run(
     Raises:
         WeightsError: the module fails, or some of its weights would get no gradient.
     """
+    side = inputs[0].shape[-1]
+    for part in module.modules() if len(inputs) == 1 and not remedy else ():  # pre-training has its own check
+        patch = int(part.patch_embed.patch_size[0]) if has_patch_tokens(part) else 1  # type: ignore[union-attr, index]
+        if side % patch:
+            edge = f"whole patches of {patch} pixels leave out the last {side % patch} pixels of every row and column"
+            fitting = max(round(side / patch), 1) * patch
+            raise WeightsError(f"'{network}' cannot {purpose}: {edge}. Give --image-size {fitting}.")
     with torch.random.fork_rng(devices=[]):
         try:
             if any(isinstance(part, nn.RNNBase) for part in module.modules()):

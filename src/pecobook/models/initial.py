@@ -91,10 +91,9 @@ def start_backbone(network: nn.Module, source: str, *, name: str, args: dict[str
         checkpoint = None if source.endswith(".npz") else read_checkpoint(source)
         with _with_remedy("name their network with --model.name timm's NAME and --model.args"):
             left, normalisation = load_file(network, name, args, source, checkpoint)
-        start = _start(source, normalisation.mean, normalisation.std, normalisation.line(source))
         aside = left_aside(source, checkpoint, left) if checkpoint else ""
-        start.lines = (*start.lines, aside) if aside else start.lines
-        return start
+        lines = (normalisation.line(source), *([aside] if aside else []))
+        return _start(source, normalisation.mean, normalisation.std, *lines)
     loaded = load_backbone(source, image_size=image_size)
     with _with_remedy("leave --model.name and --model.args out, so that the network is that of --init"):
         load_state(network, loaded.network.state_dict(), source=source)

@@ -71,6 +71,12 @@ def imagenet_maker(state: dict[str, Tensor], wrapper: tuple[str, ...], path: str
     return f"{_PUBLISHED_AS.get(match[1].lower(), match[1])} by the file's name" if match else ""
 
 
+def maker_args(state: dict[str, Tensor]) -> dict[str, int]:
+    """Return arguments for timm that no shape of a file's weights shows: MoCo v3's ViT-S has 12 heads, timm's 6."""
+    widths = (value.shape[-1] for name, value in state.items() if name.endswith("base_encoder.cls_token"))
+    return {"num_heads": 12} if next(widths, 0) == 384 else {}
+
+
 def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
     """Return whether the position table consists of sines and cosines of row and column: sin^2 + cos^2 = 1."""
     table = next((value for name, value in state.items() if name.endswith("pos_embed") and value.ndim == 3), None)

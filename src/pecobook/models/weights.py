@@ -19,6 +19,7 @@ from pecobook.models.makers import (
     IMAGENET_STD,
     Normalisation,
     file_normalisation,
+    maker_args,
     overridden,
     timm_normalisation,
 )
@@ -93,9 +94,7 @@ class Backbone(Exported):
         """Build the network that `settings` describes, with random weights."""
         network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
         _check_pooling(network, settings)
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-        }
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         return cls(network, **values)
 
     def load_exported(self, state: dict[str, Tensor]) -> None:
@@ -227,9 +226,10 @@ def load_backbone(
     network, args, size, normalisation, left = load(name, weights, checkpoint, image_size, options)
     name = name if is_timm else read_settings(spec)["name"]
     normalisation = overridden(normalisation, mean, std)
-    notes = [left_aside(file, checkpoint, left)] if file and checkpoint else []
-    notes = [*(note for note in notes if note), normalisation.line(spec)]
-    return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=tuple(notes))
+    aside = left_aside(file, checkpoint, left) if file and checkpoint else ""
+    heads = f"{spec} is built with {args['num_heads']} heads, as in MoCo v3." if is_timm and "num_heads" in args else ""
+    notes = tuple(note for note in (aside, heads, normalisation.line(spec)) if note)
+    return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=notes)
 
 
 _Loaded = tuple[nn.Module, dict[str, Any], int | None, Normalisation, tuple[str, ...]]
@@ -268,7 +268,8 @@ def _load_timm(
     if side is None and checkpoint is not None:
         side = trained_size(name, checkpoint.state)  # of the file's position tables, if it is not the default
     size_args = {"img_size": side} if side is not None and traits.takes_size else {}
-    args, download = pooling | size_args, weights is None and not pooling
+    own = maker_args(checkpoint.state) if checkpoint is not None and traits.is_plain else {}
+    args, download = pooling | size_args | own, weights is None and not pooling
     network = create_network(name, download, num_classes=0, **_runtime_args(traits, options), **args)
     left: tuple[str, ...] = ()
     normalisation = timm_normalisation(network, f"timm:{name}")
@@ -288,18 +289,8 @@ def load_file(
 ) -> tuple[tuple[str, ...], Normalisation]:
     """Load a file of weights into the timm network `name`, built with `args`.
 
-    Args:
-        network: the network.
-        name: timm's name of the network.
-        args: arguments that timm built it with.
-        file: path of the file.
-        checkpoint: the content of the file; None for an `.npz`, which is read here.
-
-    Returns:
-        the names in the file that were not used, and the normalisation that its network expects.
-
-    Raises:
-        WeightsError: the weights do not fit.
+    `checkpoint` is the content of the file; None for an `.npz`, which is read here. Returns the names in the file that
+    were not used, and the normalisation that its network expects. Raises WeightsError if the weights do not fit.
     """
     if checkpoint is None:  # timm reads it into a network whose last norm has its usual place
         plain = create_network(
@@ -308,6 +299,8 @@ def load_file(
         _load_npz(plain, file)
         checkpoint = Checkpoint(plain.state_dict())
     left = load_state(network, checkpoint.state, source=file)
+    if not (own := maker_args(checkpoint.state)).items() <= args.items():
+        raise WeightsError(f"The weights of '{file}' do not fit this network: MoCo v3's has the arguments {own}.")
     return left, file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, f"timm:{name}")
 
 

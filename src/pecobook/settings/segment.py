@@ -5,7 +5,7 @@ from __future__ import annotations
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import MAX_IMAGE_SIZE, NormalisationConfig, PhotometricConfig
 from pecobook.settings.training import CompileTrainConfig, OptimConfig, StartConfig
-from pecobook.settings.values import between, positive, refuse, settings_class
+from pecobook.settings.values import below_one, between, positive, refuse, settings_class
 
 
 @settings_class
@@ -45,9 +45,12 @@ class SegmenterConfig:
     """Number of channels of the auxiliary head; 0 removes this head."""
     auxiliary_weight: float = 0.4
     """Weight of the auxiliary head's loss."""
+    dropout: float = 0.0
+    """Share of the channels that each head drops before its classifier in training (mmsegmentation: 0.1)."""
 
     def __post_init__(self) -> None:
         between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
+        below_one(self, "dropout")
 
 
 @settings_class

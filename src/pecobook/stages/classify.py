@@ -222,11 +222,10 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tupl
         mixup: alpha of the Beta distribution of Mixup's share (arXiv 1710.09412); 0 switches Mixup off.
         cutmix: alpha of the Beta distribution of CutMix's uncut area (arXiv 1905.04899); 0 switches CutMix off.
     """
-    kinds = [name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
+    kinds = [(name, alpha) for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
     if not kinds:
         return images, targets
-    kind = kinds[int(torch.randint(len(kinds), ()))]
-    alpha = mixup if kind == "mixup" else cutmix
+    kind, alpha = kinds[int(torch.randint(len(kinds), ()))]
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     if kind == "mixup":
         images = images.lerp(images.flip(0), 1 - share)
@@ -246,15 +245,9 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
     """Load the network of `--backbone` or `--init`; a transformer pools the mean of its patches."""
     if config.init:
         check_kind(config.init, "classifier", "finetune")
-    backbone = load_backbone(
-        config.backbone or config.init,
-        weights=config.weights or None,
-        image_size=config.image_size,
-        pool_mean=True,
-        drop_path=config.drop_path,
-        mean=config.mean,
-        std=config.std,
-    )
+    name, weights = config.backbone or config.init, config.weights or None
+    options: dict[str, Any] = {"drop_path": config.drop_path, "mean": config.mean, "std": config.std}
+    backbone = load_backbone(name, weights=weights, image_size=config.image_size, pool_mean=True, **options)
     if config.clip.frames:
         with refusing(backbone.name, "read clips", "Choose a ViT or a BEiT."):
             backbone.network = ClipNetwork(backbone.network, config.clip.frames)

@@ -12,6 +12,7 @@ from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
 from pecobook.models.dense.segmenter import (
     POOL_SIZES,
+    FCNHead,
     Segmenter,
     UperNet,
     best_classes,
@@ -127,6 +128,21 @@ def test_upernet__maps_of_odd_sizes_and_many_channels() -> None:
     head = UperNet((8, 16, 24, 32), 12, 3)
     maps = [torch.randn(2, c, h, w) for c, h, w in ((8, 21, 30), (16, 11, 15), (24, 6, 8), (32, 3, 4))]
     assert head(maps).shape == (2, 3, 21, 30)
+
+
+@pytest.mark.parametrize("build", [lambda: UperNet((4, 4, 4, 4), 64, 3, 0.25), lambda: FCNHead(4, 64, 3, 0.25)])
+def test_heads__drop_whole_channels_before_the_classifier_in_training_alone(build: Any) -> None:
+    torch.manual_seed(0)
+    head, maps = build(), [torch.randn(2, 4, 8, 8)] * 4
+    classifier = head.classifier if isinstance(head, UperNet) else head[-1]
+    seen: list[Tensor] = []
+    classifier.register_forward_pre_hook(lambda _layer, arguments: seen.append(arguments[0]))
+    inputs = maps if isinstance(head, UperNet) else maps[0]
+    head(inputs)
+    head.eval()(inputs)
+    absent = [(features == 0).all((2, 3)).float().mean() for features in seen]  # ReLU alone leaves no channel empty
+    assert 0.1 < absent[0] < 0.4
+    assert absent[1] == 0
 
 
 @pytest.mark.parametrize(

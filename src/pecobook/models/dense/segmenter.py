@@ -53,9 +53,10 @@ class UperNet(nn.Module):
         channels: numbers of channels of the four feature maps, fine to coarse.
         width: number of channels of the head.
         num_classes: number of classes C.
+        dropout: share of the channels dropped before the classifier in training.
     """
 
-    def __init__(self, channels: tuple[int, ...], width: int, num_classes: int) -> None:
+    def __init__(self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(cells), conv_norm_relu(channels[-1], width, 1)) for cells in POOL_SIZES
@@ -63,7 +64,7 @@ class UperNet(nn.Module):
         self.pooled = conv_norm_relu(channels[-1] + len(POOL_SIZES) * width, width, 3)
         self.lateral = nn.ModuleList(conv_norm_relu(level_channels, width, 1) for level_channels in channels[:-1])
         self.smooth = nn.ModuleList(conv_norm_relu(width, width, 3) for _ in channels[:-1])
-        self.joined = conv_norm_relu(len(channels) * width, width, 3)
+        self.joined = conv_norm_relu(len(channels) * width, width, 3).append(nn.Dropout2d(dropout))
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -82,8 +83,9 @@ class UperNet(nn.Module):
 class FCNHead(nn.Sequential):
     """Auxiliary head for training, one convolution and a classifier: (B, channels, h, w) to (B, C, h, w)."""
 
-    def __init__(self, channels: int, width: int, num_classes: int) -> None:
-        super().__init__(conv_norm_relu(channels, width, 3), nn.Conv2d(width, num_classes, 1))
+    def __init__(self, channels: int, width: int, num_classes: int, dropout: float = 0.0) -> None:
+        layers = conv_norm_relu(channels, width, 3).append(nn.Dropout2d(dropout))
+        super().__init__(layers, nn.Conv2d(width, num_classes, 1))
 
 
 class Segmenter(Normalised, Exported):
@@ -111,9 +113,10 @@ class Segmenter(Normalised, Exported):
         super().__init__()
         self.pyramid, self.pyramid_settings, self.classes, self.config = pyramid, pyramid_settings, classes, config
         self.image_size = int(pyramid_settings["image_size"])
-        self.head = UperNet(pyramid.channels, config.head_width or pyramid.channels[-1], len(classes))
+        shared = len(classes), config.dropout
+        self.head = UperNet(pyramid.channels, config.head_width or pyramid.channels[-1], *shared)
         auxiliary_width = config.auxiliary_width if config.auxiliary_weight else 0
-        self.auxiliary = FCNHead(pyramid.channels[2], auxiliary_width, len(classes)) if auxiliary_width else None
+        self.auxiliary = FCNHead(pyramid.channels[2], auxiliary_width, *shared) if auxiliary_width else None
         for module in (self.head, self.auxiliary):
             _initialise(module)
         self.set_normalisation(pyramid_settings["mean"], pyramid_settings["std"])
