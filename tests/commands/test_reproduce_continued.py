@@ -115,16 +115,3 @@ def test_reading__does_not_deny_the_power_of_a_control_that_is_not_measured() ->
     arms = {"pixel": {0: 50.0, 1: 51.0}, "supervised": {0: 51.0, 1: 52.0}}
     assert reading(arms)[1:] == ["The other control is not measured, so the power is not known."]
     assert "no power" in reading(arms | {"classification": {0: 51.0, 1: 52.0}})[1]
-
-
-def test_reproduce__checks_public_networks_when_a_plan_is_written(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its jobs may run days later, on machines without internet."""
-    downloads: list[bool] = []
-    monkeypatch.setattr("pecobook.commands.reproduce.check_given", lambda *_, download: downloads.append(download))
-    words = ["reproduce", "table7", "--data", str(images), "--out", str(tmp_path / "r"), "--seeds", "0"]
-    cli.main([*words, "--slurm", str(tmp_path / "plan.sh")])
-    cli.main([*words, "--commands", str(tmp_path / "plan.txt")])
-    cli.main([*words, "--dry-run"])
-    assert downloads == [True, True, False]

@@ -54,13 +54,9 @@ def dry_run(
     Raises:
         WeightsError: the module fails, or some of its weights would get no gradient.
     """
-    side = inputs[0].shape[-1]
-    for part in module.modules() if len(inputs) == 1 and not remedy else ():  # pre-training has its own check
-        patch = int(part.patch_embed.patch_size[0]) if has_patch_tokens(part) else 1  # type: ignore[union-attr, index]
-        if side % patch:
-            edge = f"whole patches of {patch} pixels leave out the last {side % patch} pixels of every row and column"
-            fitting = max(round(side / patch), 1) * patch
-            raise WeightsError(f"'{network}' cannot {purpose}: {edge}. Give --image-size {fitting}.")
+    edge = _edge_left_out(module, inputs[0].shape[-1]) if len(inputs) == 1 and not remedy else ""
+    if edge:  # pre-training, which has three inputs, checks its grids
+        raise WeightsError(f"'{network}' cannot {purpose}: {edge}")
     with torch.random.fork_rng(devices=[]):
         try:
             if any(isinstance(part, nn.RNNBase) for part in module.modules()):
@@ -78,6 +74,19 @@ def dry_run(
             f"'{network}' cannot {purpose}: its weight '{unused[0]}'{more} would get no gradient. {_OTHER_NETWORK}"
         )
     return outputs
+
+
+def _edge_left_out(module: nn.Module, side: int) -> str:
+    """Return which edge of an image the whole patches of a transformer leave out, and a size that has none; or ""."""
+    for part in filter(has_patch_tokens, module.modules()):
+        embed: Any = part.patch_embed
+        patch = int(embed.patch_size[0])
+        if side % patch and not getattr(embed, "dynamic_img_pad", False):
+            return (
+                f"whole patches of {patch} pixels leave out the last {side % patch} pixels of every row and column. "
+                f"Give --image-size {max(round(side / patch), 1) * patch}."
+            )
+    return ""
 
 
 def _usual_size(module: nn.Module, inputs: Sequence[Any]) -> int:

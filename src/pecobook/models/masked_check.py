@@ -25,14 +25,7 @@ def check_network(config: PretrainConfig, model: MaskedImageModel | VisibleOnlyM
             "(vit_base_patch16_224) or BEiT."
         )
     (rows, columns), num_masked = model.grid, config.mask.num_masked
-    embed: Any = model.backbone.patch_embed
-    # The patches of a hybrid are those of the feature map of its convolutions.
-    patch = config.image_size // rows if hasattr(embed, "backbone") else int(embed.patch_size[0])
-    if config.target == "pixels" and patch * rows != config.image_size:
-        raise ConfigError(
-            f"--image-size {config.image_size} is no multiple of {patch}, the side of a patch, so targets would be "
-            f"cut wrongly: give {patch * rows} or {patch * (rows + 1)}."
-        )
+    patch = _patch_side(config, model.backbone)
     mask = torch.zeros(2, rows * columns, dtype=torch.bool)
     mask[:, :num_masked] = True
     mask = mask.view(2, rows, columns)
@@ -49,17 +42,33 @@ def check_network(config: PretrainConfig, model: MaskedImageModel | VisibleOnlyM
 
 def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> None:
     """Raise ConfigError unless the ViT splits an image into as many patches as the tokenizer makes codes."""
-    rows, columns = patch_grid(backbone)
+    patch, (rows, columns) = _patch_side(config, backbone), patch_grid(backbone)
     f, side = tokenizer.stride, config.tokenizer_size or config.image_size
     if (rows * f, columns * f) == (side, side):
         return
-    patch = int(backbone.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
     *remedies, last = _fitting(config, rows, patch, f)
     raise ConfigError(
         f"The ViT makes {rows} x {columns} patches of {patch} pixels out of {config.image_size}; "
         f"the tokenizer makes one code for {f} x {f}, {side / f:g} x {side / f:g} out of {side}.\n"
         f"Give {', '.join(remedies)}{' or ' if remedies else ''}{last}."
     )
+
+
+def _patch_side(config: PretrainConfig, backbone: nn.Module) -> int:
+    """Return the side of a patch, pixels. Raises ConfigError if whole patches do not cover the image.
+
+    timm would leave out the edge, which pixel targets and the tokenizer do see.
+    """
+    embed: Any = backbone.patch_embed
+    rows, _ = patch_grid(backbone)
+    # The patches of a hybrid are those of the feature map of its convolutions.
+    patch = config.image_size // rows if hasattr(embed, "backbone") else int(embed.patch_size[0])
+    if patch * rows != config.image_size:
+        raise ConfigError(
+            f"--image-size {config.image_size} is no multiple of {patch}, the side of a patch, so targets would be "
+            f"cut wrongly: give {patch * rows} or {patch * (rows + 1)}."
+        )
+    return patch
 
 
 def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]:

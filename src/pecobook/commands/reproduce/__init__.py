@@ -139,7 +139,7 @@ def _preflight(config: ReproduceConfig) -> Plan:
 
 def _check_plan(plan: Plan, preflight: Preflight) -> None:
     config = plan.config
-    check_given(plan, preflight, download=config.train and not config.dry_run)
+    check_given(plan, preflight, download=config.train and not (config.dry_run or config.commands or config.slurm))
     if not plan.jobs:
         preflight.problems.append(ConfigError("\n".join(["There is nothing to run.", *plan.left_out()])))
     names = [config.data, config.out, str(Path.cwd()), *(name for job in plan.jobs.values() for name in job.words)]
