@@ -49,10 +49,10 @@ def test_the_atlas_tells_about_the_codeword_under_the_pointer(page: Any, atlas: 
     canvas, told = page.locator("canvas"), page.locator("output")
     side = canvas.bounding_box()["width"] / atlas.columns
     canvas.click(position={"x": 1.5 * side, "y": 0.5 * side})
-    codeword = atlas.codeword_at(0, 1)
+    codeword = atlas.codewords[1]
     assert told.text_content().startswith(f"codeword {codeword}: ")
     canvas.press("ArrowDown")
-    assert told.text_content().startswith(f"codeword {atlas.codeword_at(1, 1)}: ")
+    assert told.text_content().startswith(f"codeword {atlas.codewords[atlas.columns + 1]}: ")
     for frames in ("use", "place", "colour", "class"):
         page.locator("select").first.select_option(frames)
     assert page.locator("select").nth(1).is_visible()

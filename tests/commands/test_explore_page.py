@@ -207,11 +207,11 @@ def test_page__opens_codewords_of_the_atlas(tab: Tab, answers: Answers) -> None:
     width = canvas.bounding_box()["width"]
     cell = width / atlas.columns
     canvas.click(position={"x": 1.5 * cell, "y": 0.5 * cell})
-    tab.heading(f"Codeword {atlas.codeword_at(0, 1)}")
+    tab.heading(f"Codeword {atlas.codewords[1]}")
     assert tab.state["view"] == "atlas"
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    tab.heading(f"Codeword {atlas.codeword_at(1, 1)}")
+    tab.heading(f"Codeword {atlas.codewords[atlas.columns + 1]}")
     near = page.locator(".near a").first
     codeword = near.inner_text().strip()
     near.click()  # marks the neighbour in the atlas

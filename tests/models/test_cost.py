@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pecobook.models.cost import TERAFLOPS, Cost, gflop_per_image, job_cost, known_flop
+from pecobook.models.cost import TERAFLOPS, Cost, job_cost, known_flop
 from pecobook.recipes import recipe, story
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.predict import PredictConfig
@@ -18,6 +18,13 @@ from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
 
 VIT = {"perceptual.network": "timm:vit_base_patch16_224"}
+
+
+def gflop(command: str, config: Any) -> float:
+    """Return the operations per training image, in 10^9."""
+    flop = known_flop(command, config)
+    assert flop is not None
+    return flop / 1e9
 
 
 @pytest.mark.parametrize(
@@ -40,10 +47,10 @@ VIT = {"perceptual.network": "timm:vit_base_patch16_224"}
         ("detect", "paper-coco", {"backbone": "timm:beit_base_patch16_224"}),
     ],
 )
-def test_gflop_per_image__is_that_of_the_recipe(command: str, name: str, changes: dict[str, Any]) -> None:
+def test_known_flop__is_that_of_the_recipe(command: str, name: str, changes: dict[str, Any]) -> None:
     match = re.search(r"Cost: ([\d.]+) GFLOP for an image", story(command, name))
     assert match is not None
-    assert gflop_per_image(command, replace(recipe(command, name), changes)) == pytest.approx(float(match[1]), rel=0.03)
+    assert gflop(command, replace(recipe(command, name), changes)) == pytest.approx(float(match[1]), rel=0.03)
 
 
 def test_known_flop__of_a_training_with_the_tokenizer_of_a_run(tmp_path: Path) -> None:
@@ -80,18 +87,18 @@ def test_job_cost__of_a_bank_and_of_pre_training_from_it() -> None:
 def test_job_cost__of_visible_patches_alone_is_less() -> None:
     whole = replace(recipe("pretrain", "paper"), {"model.name": "vit_base_patch16_224", "model.args": "{}"})
     whole = replace(whole, {"target": "pixels", "mask.num_masked": 147})
-    visible = gflop_per_image("pretrain", replace(whole, {"visible_only": True}))
+    visible = gflop("pretrain", replace(whole, {"visible_only": True}))
     # A quarter of the ViT, and the decoder: 8 blocks of width 512 on 196 patches, each 12 w^2 + 2 N w products forward.
     decoder = whole.decoder
     products = decoder.depth * 196 * (12 * decoder.width**2 + 2 * 196 * decoder.width)
-    assert visible == pytest.approx(gflop_per_image("pretrain", whole) / 4 + 3 * 2 * products / 1e9, rel=0.05)
+    assert visible == pytest.approx(gflop("pretrain", whole) / 4 + 3 * 2 * products / 1e9, rel=0.05)
 
 
 def test_job_cost__of_segmentation_is_that_which_is_published_for_beit() -> None:
     """605 GMAC and 163 million parameters of BEiT-B with UperNet at 512 pixels (arXiv 2201.03545, table 5)."""
     config = replace(recipe("segment", "paper-ade20k"), {"backbone": "timm:beit_base_patch16_224", "max_steps": "10"})
     auxiliary = 2 * 9 * 768 * 256 * 32**2  # a convolution on the third map, of which the publication does not speak
-    forward = gflop_per_image("segment", config) / 3 - auxiliary / 1e9
+    forward = gflop("segment", config) / 3 - auxiliary / 1e9
     assert forward == pytest.approx(2 * 605, rel=0.01)
     cost = job_cost("segment", config, 0, 0, {})
     copies = 3 * config.keep_checkpoints + 1

@@ -59,12 +59,6 @@ class Atlas:
         """Height of the grid in cells."""
         return -(-len(self.codewords) // self.columns)
 
-    def codeword_at(self, row: int, column: int) -> int | None:
-        """Return the codeword of a cell, or None for an empty cell or a place outside the grid."""
-        cell = row * self.columns + column
-        inside = row >= 0 and 0 <= column < self.columns and cell < len(self.codewords)
-        return int(self.codewords[cell]) if inside else None
-
 
 def make_atlas(
     images: Tensor, codes: Tensor, codebook: Tensor, *, shares: Mapping[int, ClassShare] | None = None, seed: int = 0

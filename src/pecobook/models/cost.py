@@ -109,15 +109,6 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
     return Cost(flop, flop / speed / 3600 if size >= _FULL_SPEED else None, disk)
 
 
-def gflop_per_image(command: str, config: Any, others: Mapping[str, Any] | None = None) -> float:
-    """Return the operations per training image, in 10^9, as `pecobook recipes` gives them.
-
-    Raises:
-        LookupError: a network is unknown.
-    """
-    return _PER_IMAGE[command](config, others or {}) / 1e9
-
-
 def known_flop(command: str, config: Any) -> float | None:
     """Return the operations per training image; None if a network is unknown."""
     try:
