@@ -84,7 +84,7 @@ def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
         return False
     num_patches = math.isqrt(table.shape[1]) ** 2  # class tokens, which come first, have zeros
     a, b, c, d = table[0, -num_patches:].float().square().chunk(4, 1)
-    orders = ((a + b, c + d), (a + c, b + d))  # MAE has sine and cosine of one axis side by side, MoCo v3 both sines
+    orders = ((a + b, c + d), (a + c, b + d))  # sine and cosine of an axis side by side (MAE, MoCo v3), or both sines
     return any(all(float((total - 1).abs().max()) < 1e-3 for total in order) for order in orders)
 
 
