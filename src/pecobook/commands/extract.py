@@ -36,8 +36,13 @@ def names_tokenizer(source: str) -> bool:
 def open_backbone(config: ProbeConfig | EmbedConfig, seed: int) -> tuple[Backbone, int]:
     """Load the frozen network of --backbone, report what was loaded, and return it with its image size in pixels."""
     torch.manual_seed(seed)
-    weights, size = config.weights or None, config.image_size or None
-    backbone = load_backbone(config.backbone, weights=weights, image_size=size, mean=config.mean, std=config.std)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights or None,
+        image_size=config.image_size or None,
+        mean=config.mean,
+        std=config.std,
+    )
     say("\n".join(backbone.notes))
     return backbone, config.image_size or backbone.image_size or 224
 

@@ -96,7 +96,8 @@ def read_checkpoint(path: str) -> Checkpoint:
             f"'{path}' is not a plain file of weights ({loading_reason(error)}); pecobook runs no code from a file.\n"
             "Convert it once to safetensors, in an environment that you trust, or download it again if it is damaged."
         ) from None
-    wrapper, left = list[str](), list[str]()
+    wrapper: list[str] = []
+    left: list[str] = []
     while isinstance(content, dict):
         inner = _inner(content)
         if inner is None:

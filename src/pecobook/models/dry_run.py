@@ -54,8 +54,8 @@ def dry_run(
     Raises:
         WeightsError: the module fails, or some of its weights would get no gradient.
     """
-    edge = _edge_left_out(module, inputs[0].shape[-1]) if len(inputs) == 1 and not remedy else ""
-    if edge:  # pre-training, which has three inputs, checks its grids
+    edge = "" if remedy else _edge_left_out(module, inputs[0].shape[-1])
+    if edge:
         raise WeightsError(f"'{network}' cannot {purpose}: {edge}")
     with torch.random.fork_rng(devices=[]):
         try:

@@ -94,7 +94,9 @@ class Backbone(Exported):
         """Build the network that `settings` describes, with random weights."""
         network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
         _check_pooling(network, settings)
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+        }
         return cls(network, **values)
 
     def load_exported(self, state: dict[str, Tensor]) -> None:
@@ -289,8 +291,18 @@ def load_file(
 ) -> tuple[tuple[str, ...], Normalisation]:
     """Load a file of weights into the timm network `name`, built with `args`.
 
-    `checkpoint` is the content of the file; None for an `.npz`, which is read here. Returns the names in the file that
-    were not used, and the normalisation that its network expects. Raises WeightsError if the weights do not fit.
+    Args:
+        network: the network.
+        name: timm's name of the network.
+        args: arguments that timm built it with.
+        file: path of the file.
+        checkpoint: the content of the file; None for an `.npz`, which is read here.
+
+    Returns:
+        the names in the file that were not used, and the normalisation that its network expects.
+
+    Raises:
+        WeightsError: the weights do not fit.
     """
     if checkpoint is None:  # timm reads it into a network whose last norm has its usual place
         plain = create_network(

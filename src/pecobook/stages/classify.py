@@ -245,9 +245,15 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
     """Load the network of `--backbone` or `--init`; a transformer pools the mean of its patches."""
     if config.init:
         check_kind(config.init, "classifier", "finetune")
-    name, weights = config.backbone or config.init, config.weights or None
-    options: dict[str, Any] = {"drop_path": config.drop_path, "mean": config.mean, "std": config.std}
-    backbone = load_backbone(name, weights=weights, image_size=config.image_size, pool_mean=True, **options)
+    backbone = load_backbone(
+        config.backbone or config.init,
+        weights=config.weights or None,
+        image_size=config.image_size,
+        pool_mean=True,
+        drop_path=config.drop_path,
+        mean=config.mean,
+        std=config.std,
+    )
     if config.clip.frames:
         with refusing(backbone.name, "read clips", "Choose a ViT or a BEiT."):
             backbone.network = ClipNetwork(backbone.network, config.clip.frames)

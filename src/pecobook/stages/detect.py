@@ -174,7 +174,9 @@ class DetectStage(Stage[DetectConfig]):
 
 def _targets(batch: Batch) -> list[dict[str, Tensor]]:
     """Return boxes float32 (n, 4), labels int64 (n,) and, if the data has masks, uint8 (n, h, w), for each image."""
-    parts = {name: batch[name] for name in ("boxes", "labels", "masks") if name in batch}
+    parts = {"boxes": batch["boxes"], "labels": batch["labels"]}
+    if "masks" in batch:
+        parts["masks"] = batch["masks"]
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 

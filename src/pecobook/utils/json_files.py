@@ -141,6 +141,7 @@ def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:
 
 
 _LINE_START = '{"step": '
+"""The beginning of every line of a metrics.jsonl."""
 
 
 def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

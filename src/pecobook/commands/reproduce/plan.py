@@ -275,8 +275,14 @@ class Plan:
         if f"judged-{arm}-{seed}" in self.jobs:
             return
         self.jobs.pop(f"analysis-{arm}-{seed}", None)  # an analysis with a classifier holds all figures of one without
-        source: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
-        settings = AnalyzeConfig(tokenizer=tokenizer, out=self.out(name), classifier=classifier, **source)
+        settings = AnalyzeConfig(
+            tokenizer=tokenizer,
+            data=self.config.data,
+            value_range=self.config.value_range,
+            out=self.out(name),
+            classifier=classifier,
+            seed=seed,
+        )
         if self.budget.max_images:
             most = self.budget.max_images
             settings = dataclasses.replace(settings, max_train=most, max_test=most)

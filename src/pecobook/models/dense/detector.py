@@ -160,8 +160,10 @@ class Detector(Normalised, Exported):
         if self.training:
             return {_LOSSES[name]: loss for name, loss in {**losses, **head_losses}.items()}
         return [
-            Detections(x["boxes"], x["scores"], x["labels"], x["masks"][:, 0] if self.has_masks else None)
-            for x in detections
+            Detections(
+                found["boxes"], found["scores"], found["labels"], found["masks"][:, 0] if self.has_masks else None
+            )
+            for found in detections
         ]
 
     def pad_to_batch(self, images: list[Tensor]) -> Any:
