@@ -19,8 +19,10 @@ from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
 from pecobook.models.feature_networks import load_feature_network
-from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
+from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD, activation_note
+from pecobook.models.networks import create_network
 from pecobook.models.weights import Backbone, load_backbone
+from pecobook.recipes import recipe
 
 NAME = "test_vit"  # timm's settings of the name: mean 0.5
 HALF = (0.5, 0.5, 0.5)
@@ -119,6 +121,36 @@ def test_notes__say_what_was_taken_and_why(tmp_path: Path) -> None:
         f"timm's settings of timm:{NAME}, since the file does not say who made it (if it wants others, give --mean "
         "and --std)."
     )
+
+
+CLIP = "vit_base_patch16_clip_224"
+CLIP_FILE = "timm:{} has GELU; OpenAI's, MetaCLIP's and DFN's CLIP have QuickGELU: for these give timm:{}."
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "note"),
+    [
+        (f"{CLIP}.openai", None, "has GELU, but its weights were trained with QuickGELU: give timm:{}.openai."),
+        (f"{CLIP}.laion2b", None, ""),  # trained with GELU
+        (f"{CLIP}.openai", "random", ""),
+        ("vit_base_patch16_clip_quickgelu_224.openai", None, ""),
+        (CLIP, "model.safetensors", CLIP_FILE.format(CLIP, "vit_base_patch16_clip_quickgelu_224")),
+        ("vit_base_patch16_224", "model.safetensors", ""),
+    ],
+)
+def test_activation__of_clips_weights(name: str, weights: str | None, note: str) -> None:
+    with torch.device("meta"):
+        network = create_network(name, num_classes=0)
+    found = activation_note(network, name, weights)
+    assert found.endswith(note.format("vit_base_patch16_clip_quickgelu_224")) if note else not found
+
+
+def test_vqkd__predicts_clip_with_the_activation_it_was_trained_with() -> None:
+    name = recipe("codebook", "vqkd").target_features.removeprefix("timm:")
+    with torch.device("meta"):
+        network = create_network(name, num_classes=0)
+    activations = {type(module).__name__ for module in network.modules() if "gelu" in type(module).__name__.lower()}
+    assert activations == {"QuickGELU"}
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["moco", "mae"])

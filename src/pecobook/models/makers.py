@@ -77,6 +77,30 @@ def maker_args(state: dict[str, Tensor]) -> dict[str, int]:
     return {"num_heads": 12} if next(widths, 0) == 384 else {}
 
 
+def activation_note(network: nn.Module, name: str, weights: str | None) -> str:
+    """Return a line if CLIP's weights would be read into a network with another activation; otherwise an empty string.
+
+    OpenAI's, MetaCLIP's and DFN's networks have QuickGELU, others have GELU, and no shape of the weights shows it.
+
+    Args:
+        network: the timm network.
+        name: timm's name of the network.
+        weights: None for timm's own weights, `random`, or a file.
+    """
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    other = architecture.replace("_clip_", "_clip_quickgelu_")
+    if weights == "random" or "quickgelu" in architecture or other == architecture or not timm.is_model(other):
+        return ""
+    if weights is not None:
+        return f"timm:{name} has GELU; OpenAI's, MetaCLIP's and DFN's CLIP have QuickGELU: for these give timm:{other}."
+    settings = getattr(network, "pretrained_cfg", None) or {}
+    if not any("QuickGELU" in note for note in settings.get("notes") or ()):
+        return ""
+    return f"timm:{name} has GELU, but its weights were trained with QuickGELU: give timm:{other}{tag and '.'}{tag}."
+
+
 def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
     """Return whether the position table consists of sines and cosines of row and column: sin^2 + cos^2 = 1."""
     table = next((value for name, value in state.items() if name.endswith("pos_embed") and value.ndim == 3), None)

@@ -18,6 +18,7 @@ from pecobook.models.makers import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Normalisation,
+    activation_note,
     file_normalisation,
     maker_args,
     overridden,
@@ -230,7 +231,8 @@ def load_backbone(
     normalisation = overridden(normalisation, mean, std)
     aside = left_aside(file, checkpoint, left) if file and checkpoint else ""
     heads = f"{spec} is built with {args['num_heads']} heads, as in MoCo v3." if is_timm and "num_heads" in args else ""
-    notes = tuple(note for note in (aside, heads, normalisation.line(spec)) if note)
+    activation = activation_note(network, name, weights) if is_timm else ""
+    notes = tuple(note for note in (aside, heads, activation, normalisation.line(spec)) if note)
     return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=notes)
 
 

@@ -257,5 +257,5 @@ def vqkd() -> CodebookConfig:
         model=AutoencoderConfig(kind="vit", channels=(768, 16), num_blocks=12, decoder_blocks=3, latent_dim=32),
         quantizer=QuantizerConfig(num_codewords=8192, decay=0.99, normalise=True, commitment=1.0),
         perceptual=PerceptualConfig(network="none"),
-        target_features="timm:vit_base_patch16_clip_224.openai",
+        target_features="timm:vit_base_patch16_clip_quickgelu_224.openai",
     )
