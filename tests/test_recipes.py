@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 
 from pecobook import cli
+from pecobook.commands.reproduce.budgets import make_budget
 from pecobook.data.images import open_images
 from pecobook.engine import launch
 from pecobook.errors import ConfigError
+from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claims, recipe
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.pretrain import DecoderConfig, PretrainConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, TrainConfig
-from pecobook.settings.values import to_dict
+from pecobook.settings.values import replace, to_dict
+from pecobook.stages.classify import load_for_classification
 from tests.runs import export_bytes, logged
 
 EVERY = [(command, name) for command, recipes in RECIPES.items() for name in recipes]
@@ -132,6 +135,18 @@ def test_paper_recipe__does_not_depend_on_defaults(command: str, name: str, monk
                 assert to_dict(function()) == before, f"{kind.__name__}.{field.name} is left to its default"
             tried += 1
     assert tried > 15
+
+
+@pytest.mark.parametrize("name", ["paper-scratch", "paper-deit"])
+def test_recipe__from_random_weights_normalises_as_the_code_of_mae_and_deit(name: str) -> None:
+    """timm's mean for `vit_base_patch16_224`, and for this smaller ViT, is 0.5: that of augreg's weights."""
+    backbone = load_for_classification(replace(recipe("finetune", name), {"backbone": "timm:vit_tiny_patch16_224"}))
+    assert (backbone.mean, backbone.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_recipe__of_mae_ends_at_the_learning_rate_of_its_code() -> None:
+    own = [runs.own["mae"] for size, runs in make_budget("paper").vits.items() if size != "visible"]
+    assert {config.optim.final_lr for config in [recipe("finetune", "paper-mae"), *own]} == {1e-6}
 
 
 def test_recipe__every_command_has_a_tiny_and_a_default_recipe() -> None:

@@ -81,9 +81,8 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float, fli
     """
     top, left, height, width = crop_box(image.shape[1], image.shape[2], view_key, min_area=min_area)
     view = resize(image[:, top : top + height, left : left + width], size, size)
-    return (
-        view.flip(2) if flip and uniform(view_key, _FLIP_DRAW) < 0.5 else view
-    )  # last, since the view is usually smaller than the crop
+    is_flipped = flip and uniform(view_key, _FLIP_DRAW) < 0.5
+    return view.flip(2) if is_flipped else view  # last, since the view is usually smaller than the crop
 
 
 def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:

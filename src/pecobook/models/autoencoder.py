@@ -24,14 +24,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.norm1, self.conv1 = (
-            GroupNorm(in_channels, config.group_size),
-            Convolution(in_channels, out_channels, config.padding),
-        )
-        self.norm2, self.conv2 = (
-            GroupNorm(out_channels, config.group_size),
-            Convolution(out_channels, out_channels, config.padding),
-        )
+        self.norm1 = GroupNorm(in_channels, config.group_size)
+        self.conv1 = Convolution(in_channels, out_channels, config.padding)
+        self.norm2 = GroupNorm(out_channels, config.group_size)
+        self.conv2 = Convolution(out_channels, out_channels, config.padding)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

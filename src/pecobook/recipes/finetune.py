@@ -11,6 +11,8 @@ from pecobook.settings.training import OptimConfig
 
 PLAIN: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": "", "label_smoothing": 0.0}
 """Settings that leave only crops and flips as augmentation and do not change the labels."""
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+"""The normalisation in MAE's and DeiT's code. Timm's for the name of their ViT is that of other weights: 0.5."""
 
 
 def tiny() -> FinetuneConfig:
@@ -171,7 +173,9 @@ def paper_mae() -> FinetuneConfig:
     Cost: that of `paper`.
     Result of MAE: 83.6% from 1,600 epochs of pre-training, a row of the paper's Table 1.
     """
-    return dataclasses.replace(paper(), optim=dataclasses.replace(paper().optim, lr=2e-3, warmup="5 epochs"))
+    return dataclasses.replace(
+        paper(), optim=dataclasses.replace(paper().optim, lr=2e-3, final_lr=1e-6, warmup="5 epochs")
+    )
 
 
 def paper_scratch() -> FinetuneConfig:
@@ -187,6 +191,7 @@ def paper_scratch() -> FinetuneConfig:
         paper(),
         backbone="timm:vit_base_patch16_224",
         weights="random",
+        **IMAGENET,
         batch_size=4096,
         max_steps="300 epochs",
         optim=dataclasses.replace(
@@ -210,6 +215,7 @@ def paper_deit() -> FinetuneConfig:
         paper(),
         backbone="timm:vit_base_patch16_224",
         weights="random",
+        **IMAGENET,
         repeats=3,
         max_steps="300 epochs",
         optim=dataclasses.replace(paper().optim, lr=1e-3, final_lr=1e-5, warmup="5 epochs", layer_decay=1.0),

@@ -149,9 +149,8 @@ class ClassifyStage(Normalised, Stage[FinetuneConfig]):
         if self.config.head_rate == 1:
             return groups
         heads = self.network.get_classifier()  # type: ignore[operator]
-        of_head = {
-            parameter for head in (heads if isinstance(heads, tuple) else (heads,)) for parameter in head.parameters()
-        }
+        heads = heads if isinstance(heads, tuple) else (heads,)
+        of_head = {parameter for head in heads for parameter in head.parameters()}
         split = []
         for group in groups:
             for is_head, rate in ((False, 1.0), (True, self.config.head_rate)):

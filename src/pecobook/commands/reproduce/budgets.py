@@ -184,7 +184,7 @@ def _paper_vits() -> dict[str, VitRuns]:
     ):
         scratch = {"backbone": f"timm:{name}", "max_steps": "200 epochs", "drop_path": 0.2}
         own = {
-            "mae": replace(classifier, {"optim.lr": 4e-3}),
+            "mae": replace(classifier, {"optim.lr": 4e-3, "optim.final_lr": 1e-6}),
             "scratch": replace(finetune.paper_scratch(), scratch),
         }
         vits[size] = _paper_runs(masked, classifier, own)
