@@ -238,10 +238,12 @@ def vqkd() -> CodebookConfig:
     """BEiT v2's tokenizer, for comparison: its decoder predicts the features of CLIP's ViT-B, not pixels.
 
     ViT-B encoder, three-block decoder, 8,192 codewords of dimension 32 and unit length, moving averages with decay
-    0.99, commitment 1, AdamW (0.9, 0.99), weight decay 1e-4, batch 512, 100 epochs. Differences from BEiT v2: positions
-    are fixed sines and cosines; one linear layer projects to the 32 dimensions; the target is the last layer of CLIP
-    after its norm, without CLIP's projection to 512 channels; dead codewords are revived; and learning rate, warm-up
-    and crops are our choice. --target-features timm:vit_base_patch16_224.dino uses its other teacher.
+    0.99, commitment 1, AdamW (0.9, 0.99), weight decay 1e-4, batch 512, 100 epochs, and the learning rate, warm-up and
+    crops of its code. Differences from BEiT v2: positions are fixed sines and cosines; there are no class tokens; one
+    linear layer projects to the 32 dimensions and one to the features (two with a tanh between them there); the target
+    is the last layer of CLIP after its norm, without CLIP's projection to 512 channels; a codeword averages vectors
+    (there the means of steps); and dead codewords are revived. --target-features timm:vit_base_patch16_224.dino uses
+    its other teacher.
 
     Source: BEiT v2, arXiv 2208.06366 (85.0% after 300 epochs of pre-training with the codes).
     Command: pecobook codebook vqkd --data IMAGENET --compile --out runs/vqkd
@@ -251,8 +253,9 @@ def vqkd() -> CodebookConfig:
         batch_size=512,
         max_steps="100 epochs",
         image_size=224,
+        min_crop=0.08,
         optim=BaseOptimConfig(
-            name="adamw", lr=2e-4, final_lr=1e-5, warmup="5 epochs", betas=(0.9, 0.99), weight_decay=1e-4
+            name="adamw", lr=2e-4, final_lr=1e-5, warmup="10 epochs", betas=(0.9, 0.99), weight_decay=1e-4
         ),
         model=AutoencoderConfig(kind="vit", channels=(768, 16), num_blocks=12, decoder_blocks=3, latent_dim=32),
         quantizer=QuantizerConfig(num_codewords=8192, decay=0.99, normalise=True, commitment=1.0),
