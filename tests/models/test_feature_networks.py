@@ -214,6 +214,27 @@ def test_open__torchvision_reads_its_own_file(tmp_path: Any) -> None:
         load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "other.pth"))
 
 
+def test_open__torchvision_normalises_for_a_file_as_for_its_own_weights(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EfficientNetV2-L reads images around 0.5, and GoogLeNet, like Inception, rescales them inside."""
+    small = torchvision.models.squeezenet1_1()  # in the place of 118 million weights
+    torch.save(small.state_dict(), tmp_path / "efficientnet_v2_l.pth")
+    monkeypatch.setattr("torchvision.models.get_model", lambda *_, **__: small)
+    opened = load_feature_network("torchvision:efficientnet_v2_l", (1,), str(tmp_path / "efficientnet_v2_l.pth"))
+    assert opened.mean == opened.std == (0.5, 0.5, 0.5)
+    torch.manual_seed(4)
+    network = torchvision.models.googlenet(num_classes=3, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "googlenet.pth")
+    monkeypatch.setattr("torchvision.models.get_model", lambda *_, **__: network)
+    opened = load_feature_network("torchvision:googlenet", ("maxpool1",), str(tmp_path / "googlenet.pth"))
+    assert (opened.mean, opened.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (opened.mean, opened.std))
+    around_half = 2 * (pictures(0) * std + mean) - 1
+    expected = network.eval().maxpool1(network.conv1(around_half))
+    assert_close(opened.network(pictures(0))[0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_bgr__turns_the_channels_after_the_normalisation() -> None:
     """Caffe's input, 255 x BGR minus (104, 117, 123), asked for in RGB terms."""
     torch.manual_seed(0)

@@ -172,9 +172,10 @@ def test_name__of_a_published_file_tells_its_maker(tmp_path: Path) -> None:
     [
         ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}),
         ("config.json", {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}),
+        ("open_clip_config.json", {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}),
         ("config.json", {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}),
     ],
-    ids=["transformers", "timm", "pecobook"],
+    ids=["transformers", "timm", "open_clip", "pecobook"],
 )
 def test_configuration__beside_the_file_is_read(tmp_path: Path, file: str, content: dict[str, Any]) -> None:
     save_file(vit().state_dict(), tmp_path / "model.safetensors")
@@ -247,8 +248,8 @@ def test_file__without_a_size_keeps_its_own(tmp_path: Path) -> None:
     assert torch.equal(backbone.network.get_parameter("pos_embed"), network.pos_embed)
 
 
-def test_npz__is_read_as_timm_reads_it(tmp_path: Path) -> None:
-    network: Any = vit()
+def augreg(network: Any) -> dict[str, Any]:
+    """The weights of a ViT under the names and in the shapes of Google's files."""
     arrays: dict[str, Any] = {
         "embedding/kernel": network.patch_embed.proj.weight.permute(2, 3, 1, 0),
         "embedding/bias": network.patch_embed.proj.bias,
@@ -272,7 +273,12 @@ def test_npz__is_read_as_timm_reads_it(tmp_path: Path) -> None:
         for index, layer in enumerate((block.mlp.fc1, block.mlp.fc2)):
             place = f"{start}MlpBlock_3/Dense_{index}/"
             arrays |= {place + "kernel": layer.weight.t(), place + "bias": layer.bias}
-    np.savez(tmp_path / "augreg.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
+    return {key: value.detach().numpy() for key, value in arrays.items()}
+
+
+def test_npz__is_read_as_timm_reads_it(tmp_path: Path) -> None:
+    network: Any = vit()
+    np.savez(tmp_path / "augreg.npz", **augreg(network))
     backbone = load_backbone(f"timm:{NAME}", weights=str(tmp_path / "augreg.npz"), pool_mean=True)
     assert backbone.network.get_parameter("fc_norm.weight")[0] == 3
     assert_close(backbone.network.get_parameter("blocks.0.attn.qkv.weight"), network.blocks[0].attn.qkv.weight)
@@ -285,6 +291,36 @@ def test_npz__is_read_as_timm_reads_it(tmp_path: Path) -> None:
         load_backbone("timm:vit_tiny_patch16_224", weights=str(tmp_path / "augreg.npz"))
     with pytest.raises(WeightsError, match=r"reads no \.npz file"):
         load_backbone("timm:test_resnet", weights=str(tmp_path / "augreg.npz"))
+
+
+@pytest.mark.parametrize("more", [{"depth": 7}, {"patch_size": 8}])
+def test_npz__of_another_depth_or_patch_size_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
+    """timm would read the first blocks of a deeper network, and resample the patches."""
+    np.savez(tmp_path / "other.npz", **augreg(vit(**more)))
+    with pytest.raises(WeightsError, match=r"patches and blocks hold [\d,]+ numbers, not [\d,]+"):
+        load_backbone(f"timm:{NAME}", weights=str(tmp_path / "other.npz"))
+
+
+def test_npz__of_all_blocks_in_one_array_is_read(tmp_path: Path) -> None:
+    """big_vision stacks the blocks, and counts their parts otherwise."""
+    network: Any = vit()
+    arrays, names = (
+        augreg(network),
+        {"LayerNorm_2": "LayerNorm_1", "Attention_1": "Attention_0", "MlpBlock_3": "MlpBlock_0"},
+    )
+    inside = {f"params/img/{name}": value for name, value in arrays.items() if "encoderblock" not in name}
+    inside["params/img/pos_embedding"] = inside.pop("params/img/Transformer/posembed_input/pos_embedding")
+    for name in [name for name in arrays if "encoderblock_0/" in name]:
+        stacked = np.stack([arrays[name.replace("block_0", f"block_{n}")] for n in range(len(network.blocks))])
+        for old, new in names.items():
+            name = name.replace(old, new)
+        inside[f"params/img/{name.replace('block_0', 'block')}"] = stacked
+    inside["params/txt/Encoder_0/encoderblock/LayerNorm_0/scale"] = np.zeros((3, 64), np.float32)
+    np.savez(tmp_path / "siglip.npz", **inside)
+    backbone = load_backbone(f"timm:{NAME}", weights=str(tmp_path / "siglip.npz"))
+    images = torch.rand(1, 3, 160, 160)
+    network.norm.weight.data.fill_(3.0)
+    assert_close(backbone.network.eval()(images), network(images))
 
 
 def test_checkpoint__with_code_is_refused(tmp_path: Path) -> None:

@@ -205,6 +205,15 @@ def test_public_checkpoint__of_a_folder_and_mistakes(tmp_path: Path) -> None:
     torch.save({"state_dict": gumbel}, tmp_path / "gumbel.ckpt")
     with pytest.raises(WeightsError, match=r"its quantizer has no 'quantize.embedding.weight'"):
         load_tokenizer(f"taming:{tmp_path / 'gumbel.ckpt'}")
+    average = {"model_ema.decay": torch.tensor(0.99), "model_ema.quantizeembeddingweight": torch.ones(32, 16)}
+    torch.save({"state_dict": public.state | average}, tmp_path / "ema.ckpt")
+    assert torch.equal(load_tokenizer(f"taming:{tmp_path / 'ema.ckpt'}").codebook, torch.ones(32, 16))
+    # SimVQ's codewords are those of the file times a matrix.
+    torch.save(
+        {"state_dict": public.state | {"quantize.embedding_proj.weight": torch.eye(16)}}, tmp_path / "simvq.ckpt"
+    )
+    with pytest.raises(WeightsError, match=r"1 unknown \(quantize.embedding_proj.weight\)"):
+        load_tokenizer(f"taming:{tmp_path / 'simvq.ckpt'}")
     torch.save({"state_dict": {"head.weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
     with pytest.raises(WeightsError, match=r"is no VQGAN in the layout of taming: 'encoder.down.0"):
         load_tokenizer(f"taming:{tmp_path / 'other.ckpt'}")

@@ -34,7 +34,7 @@ def perceptual_tokenizer(model: AutoencoderConfig = CNN) -> PerceptualTokenizer:
     return PerceptualTokenizer(TokenizerConfig(model=model, num_codewords=32, image_size=16)).eval()
 
 
-def vq_model() -> Any:
+def vq_model(**more: Any) -> Any:
     from diffusers import VQModel
 
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def vq_model() -> Any:
         "vq_embed_dim": 6,
         "sample_size": 16,
     }
-    model = VQModel(**settings).eval()
+    model = VQModel(**settings, **more).eval()
     nn.init.normal_(model.quantize.embedding.weight)
     return model
 
@@ -96,6 +96,17 @@ def test_diffusers__codes_and_images_are_the_models_own() -> None:
     assert torch.equal(tokenizer.encode(images).flatten(), codes)
     assert_close(tokenizer.decode(codes.view(3, 4, 6)), ((restored + 1) / 2).clamp(0, 1), atol=1e-5, rtol=1e-4)
     assert_close(tokenizer.codebook[tokenizer.encode(images)].permute(0, 3, 1, 2), quantized)
+
+
+def test_diffusers__amused_reads_and_draws_images_from_0_to_1() -> None:
+    """diffusers' pipeline of aMUSEd normalises no image; its model looks codewords up."""
+    model = vq_model(lookup_from_codebook=True, mid_block_add_attention=False)
+    tokenizer, images = DiffusersTokenizer(model), pictures()
+    with torch.no_grad():
+        codes = model.quantize(model.encode(images).latents)[2][2].view(3, 4, 6)
+        restored = model.decode(codes, force_not_quantize=True, shape=(3, 4, 6, 6)).sample
+    assert torch.equal(tokenizer.encode(images), codes)
+    assert_close(tokenizer.decode(codes), restored.clamp(0, 1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("subfolder", ["", "vqvae"])

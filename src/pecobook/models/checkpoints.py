@@ -194,7 +194,7 @@ def load_state(
     if not needs_head:
         shapes = {name: value.shape for name, value in fitted.items()}
         fitted |= {n: value for n, value in expected.items() if _HEADS.match(n) and shapes.get(n) != value.shape}
-    problem = misfits(fitted, expected)
+    problem = misfits(fitted, expected) or _lost_biases(_without_prefix(state, prefix), fitted)
     if problem:
         raise WeightsError(f"The weights of '{source}' do not fit this network: {problem}.")
     broken = [name for name, value in fitted.items() if value.is_floating_point() and not value.isfinite().all()]
@@ -203,6 +203,21 @@ def load_state(
     network.load_state_dict(fitted)
     others = [name for name in state if not name.startswith(prefix)]
     return (*others, *(name for name in _without_prefix(state, prefix) if _is_head(name, expected)))
+
+
+def _lost_biases(state: dict[str, Tensor], fitted: dict[str, Tensor]) -> str:
+    """Return in words which biases timm left out of layers whose weights it took: it takes them for zeros."""
+    lost = [
+        name
+        for name, value in state.items()
+        if name.endswith(".bias")
+        and name not in fitted
+        and f"{name.removesuffix('bias')}weight" in fitted
+        # DINOv3's query, key and value have one bias, with a mask for the key's; timm has one of the query and value.
+        and f"{name.removesuffix('qkv.bias')}q_bias" not in fitted
+        and (value * state.get(f"{name}_mask", 1)).nan_to_num().any()
+    ]
+    return f"it has no place for {len(lost)} biases that are not zero ({lost[0]})" if lost else ""
 
 
 _PROBLEMS = ("missing", "unknown", "of another shape")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,14 +172,15 @@ def _open_torchvision(
     if name not in torchvision.models.list_models(module=torchvision.models):
         suggestion = did_you_mean(name, torchvision.models.list_models(module=torchvision.models))
         raise WeightsError(f"torchvision has no network '{name}'.{suggestion}")
-    normalisation, pretrained = Normalisation(IMAGENET_MEAN, IMAGENET_STD, "torchvision's default"), None
+    normalisation = Normalisation(IMAGENET_MEAN, IMAGENET_STD, "torchvision's default")
     notes: list[str] = []
-    if weights is None:
-        pretrained = torchvision.models.get_model_weights(name).DEFAULT
+    own: Any = torchvision.models.get_model_weights(name)
+    pretrained = next((entry for entry in own if Path(entry.url).name == Path(weights or "").name), own.DEFAULT)
+    if weights != "random":
         preset = pretrained.transforms()
         normalisation = Normalisation(tuple(preset.mean), tuple(preset.std), f"torchvision's settings of {pretrained}")
     try:
-        network = torchvision.models.get_model(name, weights=pretrained if downloads() else None)
+        network = torchvision.models.get_model(name, weights=pretrained if weights is None and downloads() else None)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"The weights of torchvision's '{name}' cannot be downloaded ({first_line(error)}).\n"
@@ -187,6 +189,8 @@ def _open_torchvision(
     if weights not in (None, "random"):
         # Files of self-supervised networks have no head, and the features come before it.
         needs_head = any(is_head(str(layer)) for layer in layers)
+        if hasattr(network, "transform_input"):  # as torchvision sets it for its weights of Inception and GoogLeNet
+            network.transform_input = True
         checkpoint = read_checkpoint(weights)
         left = load_state(network, checkpoint.state, source=weights, needs_head=needs_head)
         notes = [note for note in (left_aside(weights, checkpoint, left),) if note]

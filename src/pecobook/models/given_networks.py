@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
+from pecobook.models.network_traits import unseen
 from pecobook.models.networks import create_network
 from pecobook.models.tokenizer import as_codes
 from pecobook.models.weights import Backbone
@@ -31,7 +32,7 @@ def as_backbone(module: nn.Module) -> Backbone:
                 rebuilt = create_network(name, num_classes=getattr(module, "num_classes", 0), **args)
         except WeightsError:
             break
-        if {key: value.shape for key, value in rebuilt.state_dict().items()} == own:
+        if {k: value.shape for k, value in rebuilt.state_dict().items()} == own and unseen(rebuilt) == unseen(module):
             side = size[0] if size else traits.get("input_size", (3, 224, 224))[-1]
             return Backbone(module, name, args, tuple(traits["mean"]), tuple(traits["std"]), side)
     raise WeightsError(

@@ -17,13 +17,14 @@ from pecobook.models.checkpoints import left_aside, load_state, misfits, read_ch
 from pecobook.models.export import export_folder, read_export, read_settings, write_tensors
 from pecobook.models.hub import resolve_source
 from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
+from pecobook.models.network_traits import differing_layer
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import load_backbone, load_file
 from pecobook.settings.changes import changed_settings, complete
 from pecobook.settings.values import to_dict
 from pecobook.utils.files import without_folders
-from pecobook.utils.json_files import TEXT, Schema, read_if_valid
+from pecobook.utils.json_files import OBJECT, TEXT, Schema, read_if_valid
 
 TRAINING_FILE = "training.safetensors"
 """File of an export with weights that only training reads: heads, momentum encoders, a codebook's averages."""
@@ -97,6 +98,8 @@ def start_backbone(network: nn.Module, source: str, *, name: str, args: dict[str
     loaded = load_backbone(source, image_size=image_size)
     with _with_remedy("leave --model.name and --model.args out, so that the network is that of --init"):
         load_state(network, loaded.network.state_dict(), source=source)
+        if difference := differing_layer(network, loaded.network):
+            raise WeightsError(f"The weights of '{source}' do not fit this network: its {difference}.")
     start = _start(source, loaded.mean, loaded.std, *loaded.notes)
     if not source.startswith("timm:"):
         settings = read_settings(source)
@@ -220,19 +223,25 @@ def _read_tokenizer(
         inner = {name.removeprefix("tokenizer."): value for name, value in state.items() if "tokenizer." in name}
         state = inner or state
         averages = {name: state.pop(name) for name in list(state) if name.startswith("quantizer.ema_")}
+        beside = read_if_valid(Path(source).parent / "config.json", {"model": OBJECT})
+        _compare_settings(tokenizer, beside or {}, start)
         names = ("encoder.", "decoder.", "quantizer.codebook")
         return {name: value for name, value in state.items() if name.startswith(names)}, averages
     folder = resolve_source(source)
     settings, state = read_export(folder, kinds=("tokenizer",))
     if settings.get("kind") != "tokenizer":
         raise WeightsError(f"--init '{source}' is a {settings.get('kind')}, not a tokenizer: give a codebook run.")
-    defaults = to_dict(tokenizer.config)
-    there = complete({"model": settings["model"]}, defaults)["model"]
-    changed = changed_settings(there, defaults["model"], "model.")
-    if changed:
-        start.lines = (f"--init: settings of the network differ from those there: {'; '.join(changed)}",)
+    _compare_settings(tokenizer, settings, start)
     extra = training_weights(source)
     return state, {n.removeprefix("tokenizer."): v for n, v in extra.items() if n.startswith("tokenizer.")}
+
+
+def _compare_settings(tokenizer: PerceptualTokenizer, settings: dict[str, Any], start: Start) -> None:
+    """Record in `start` which settings of an export's network differ from those of `tokenizer`: weights show few."""
+    defaults = to_dict(tokenizer.config)
+    there = complete({"model": settings.get("model", {})}, defaults)["model"]
+    if changed := changed_settings(there, defaults["model"], "model."):
+        start.lines = (f"--init: settings of the network differ from those there: {'; '.join(changed)}",)
 
 
 def _averages(codebook: Tensor, averages: dict[str, Tensor], start: Start, vectors: float) -> dict[str, Tensor]:

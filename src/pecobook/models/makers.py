@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pecobook.utils.json_files import NUMBER, OBJECT, list_of, read_if_valid
@@ -56,6 +57,8 @@ def imagenet_maker(state: dict[str, Tensor], wrapper: tuple[str, ...], path: str
         return "MAE"
     has_layer_scale = any(name.endswith("blocks.0.ls1.gamma") for name in names)
     if any(name.endswith("register_tokens") for name in names) or (has_layer_scale and "mask_token" in parts):
+        if "storage_tokens" in parts:
+            return ""  # DINOv3, whose networks for satellite images have a mean of their own, which timm's tag states
         return "DINOv2"
     if parts & {"dist_token", "head_dist"}:
         return "DeiT"
@@ -63,7 +66,7 @@ def imagenet_maker(state: dict[str, Tensor], wrapper: tuple[str, ...], path: str
     is_beit = any("relative_position" in name or name.endswith("gamma_1") for name in names)
     if not is_plain_vit or is_beit:
         return ""
-    if _has_fixed_positions(state):
+    if _fixed_positions(state) is not None:
         return "MAE or MoCo v3 (their positions are fixed sines and cosines)"
     if wrapper and wrapper[-1] in ("model", "model_ema"):
         return f"DeiT or MAE (plain ViT weights under the key '{wrapper[-1]}')"
@@ -73,8 +76,12 @@ def imagenet_maker(state: dict[str, Tensor], wrapper: tuple[str, ...], path: str
 
 def maker_args(state: dict[str, Tensor]) -> dict[str, int]:
     """Return arguments for timm that no shape of a file's weights shows: MoCo v3's ViT-S has 12 heads, timm's 6."""
-    widths = (value.shape[-1] for name, value in state.items() if name.endswith("base_encoder.cls_token"))
-    return {"num_heads": 12} if next(widths, 0) == 384 else {}
+    width = next((value.shape[-1] for name, value in state.items() if name.endswith("base_encoder.cls_token")), 0)
+    table = _fixed_positions(state)
+    if table is not None and torch.allclose(table[0].chunk(2)[0], table[1].chunk(2)[0], atol=1e-3):
+        # A linear probe's file has no momentum encoder, but MoCo v3's order: first all of the row, then of the column.
+        width = table.shape[1]
+    return {"num_heads": 12} if width == 384 else {}
 
 
 def activation_note(network: nn.Module, name: str, weights: str | None) -> str:
@@ -101,26 +108,50 @@ def activation_note(network: nn.Module, name: str, weights: str | None) -> str:
     return f"timm:{name} has GELU, but its weights were trained with QuickGELU: give timm:{other}{tag and '.'}{tag}."
 
 
-def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
-    """Return whether the position table consists of sines and cosines of row and column: sin^2 + cos^2 = 1."""
+def _fixed_positions(state: dict[str, Tensor]) -> Tensor | None:
+    """Return the patches' positions (N, D) if they are sines and cosines of row and column: sin^2 + cos^2 = 1."""
     table = next((value for name, value in state.items() if name.endswith("pos_embed") and value.ndim == 3), None)
     if table is None or table.shape[1] < 3 or table.shape[2] % 4:
-        return False
-    num_patches = math.isqrt(table.shape[1]) ** 2  # class tokens, which come first, have zeros
-    a, b, c, d = table[0, -num_patches:].float().square().chunk(4, 1)
+        return None
+    patches = table[0, -(math.isqrt(table.shape[1]) ** 2) :].float()  # class tokens, which come first, have zeros
+    a, b, c, d = patches.square().chunk(4, 1)
     orders = ((a + b, c + d), (a + c, b + d))  # sine and cosine of an axis side by side (MAE, MoCo v3), or both sines
-    return any(all(float((total - 1).abs().max()) < 1e-3 for total in order) for order in orders)
+    is_fixed = any(all(float((total - 1).abs().max()) < 1e-3 for total in order) for order in orders)
+    return patches if is_fixed else None
 
 
 def neighbour_normalisation(path: str) -> Normalisation | None:
-    """Return the normalisation in a configuration next to a weights file: transformers', timm's hub's or pecobook's."""
-    for name, keys in (("preprocessor_config.json", ("image_mean", "image_std")), ("config.json", ("mean", "std"))):
-        content = read_if_valid(Path(path).parent / name, {"pretrained_cfg": OBJECT.or_none}) or {}
-        values: list[Any] = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
+    """Return the normalisation in a configuration next to a weights file: transformers', OpenCLIP's, timm's hub's or
+    pecobook's.
+    """
+    for name, within, keys in (
+        ("preprocessor_config.json", "", ("image_mean", "image_std")),
+        ("open_clip_config.json", "preprocess_cfg", ("mean", "std")),
+        ("config.json", "pretrained_cfg", ("mean", "std")),
+    ):
+        content = read_if_valid(Path(path).parent / name, {within: OBJECT.or_none}) or {}
+        values: list[Any] = [content.get(key, (content.get(within) or {}).get(key)) for key in keys]
         if all(map(list_of(NUMBER, 3).holds, values)):
             mean, std = (tuple(float(number) for number in value) for value in values)
             return Normalisation(mean, std, f"so says {name} beside the file")
     return None
+
+
+def neighbour_network(path: str, name: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Return timm's name and arguments of the network that config.json next to a weights file describes; None without.
+
+    Args:
+        path: path of the weights file.
+        name: timm's name of the network that the file is for; transformers' configuration states only its heads.
+        args: arguments that timm built this network with.
+    """
+    content = read_if_valid(Path(path).parent / "config.json") or {}
+    stated, stated_args = content.get("architecture") or content.get("name"), content.get("model_args")
+    heads = content.get("num_attention_heads")
+    if isinstance(stated, str):
+        stated_args = stated_args or content.get("args")
+        return stated, stated_args if isinstance(stated_args, dict) else {}
+    return (name, args | {"num_heads": heads}) if isinstance(heads, int) else None
 
 
 def timm_normalisation(network: nn.Module, name: str, *, of_file: bool = False) -> Normalisation:

@@ -25,16 +25,23 @@ class NetworkTraits:
     """Whether the network is built for one image size, its argument `img_size`."""
     pools_mean: bool
     """Whether it is a plain transformer that can pool the mean of its patches (`global_pool="avg"`)."""
+    pools_token: bool
+    """Whether it is such a transformer, and pools its class token unless told otherwise."""
     norm_moves: bool
     """Whether the position of the last norm, before or after the mean, must be given too (`use_fc_norm`)."""
     any_size: dict[str, Any]
     """Arguments that make the network take images of any size; empty if there are none."""
 
 
+def without_memory(name: str, args: dict[str, Any] | None = None) -> nn.Module:
+    """Build a timm network without memory for weights. Raises WeightsError if timm cannot."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return create_network(name, num_classes=0, **(args or {}))
+
+
 @functools.lru_cache(maxsize=64)
 def _traits(name: str, args: str) -> NetworkTraits:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return traits_of(create_network(name, num_classes=0, **json.loads(args)))
+    return traits_of(without_memory(name, json.loads(args)))
 
 
 def network_traits(name: str, args: dict[str, Any] | None = None) -> NetworkTraits:
@@ -46,7 +53,7 @@ def network_traits(name: str, args: dict[str, Any] | None = None) -> NetworkTrai
     try:
         return _traits(name.removeprefix("timm:"), json.dumps(arguments, sort_keys=True))
     except Exception:  # unknown names and arguments, which `create_network` reports
-        return NetworkTraits(False, False, False, False, {})
+        return NetworkTraits(False, False, False, False, False, {})
 
 
 def traits_of(network: nn.Module) -> NetworkTraits:
@@ -61,14 +68,36 @@ def traits_of(network: nn.Module) -> NetworkTraits:
     is_plain = isinstance(network, (VisionTransformer, Beit, Eva, VisionTransformerRelPos)) and has_patch_tokens(
         network
     )
+    # The heads of a distilled network read its two class tokens.
+    pools_mean = is_plain and "global_pool" in accepted and not hasattr(network, "head_dist")
     return NetworkTraits(
         is_plain=is_plain,
         takes_size="img_size" in accepted and (is_plain or bool(settings.get("fixed_input_size"))),
-        # The heads of a distilled network read its two class tokens.
-        pools_mean=is_plain and "global_pool" in accepted and not hasattr(network, "head_dist"),
+        pools_mean=pools_mean,
+        pools_token=pools_mean and getattr(network, "global_pool", "") == "token",
         norm_moves=isinstance(network, Beit),
         any_size={name: True for name in ("dynamic_img_size", "dynamic_img_pad") if name in accepted},
     )
+
+
+def unseen(network: nn.Module) -> dict[str, str]:
+    """Return what a network computes and no weight shows, by layer: its class, its settings, its number of heads.
+
+    Two networks with weights of the same names and shapes can differ in activations, epsilons, strides and heads.
+    """
+    found = {}
+    for name, module in network.named_modules():
+        kind, heads = type(module).__name__, getattr(module, "num_heads", None)
+        if not kind.startswith(("Identity", "Drop")):  # rates of dropout change only training
+            found[name] = f"{kind}({module.extra_repr()})" + (f" of {heads} heads" if heads else "")
+    return found
+
+
+def differing_layer(network: nn.Module, other: nn.Module) -> str:
+    """Return in words a layer that computes something else with its weights in `other`; empty if there is none."""
+    ours, theirs = unseen(network), unseen(other)
+    layers = (layer for layer, value in ours.items() if theirs.get(layer, value) != value)
+    return next((f"{layer or 'network'} is {theirs[layer]} there and {ours[layer]} here" for layer in layers), "")
 
 
 def _arguments(network: nn.Module) -> set[str]:
@@ -89,8 +118,7 @@ def has_patch_tokens(network: nn.Module) -> bool:
 
 def trained_size(name: str, state: dict[str, Tensor]) -> int | None:
     """Return the image side, in pixels, that the position tables of `state` are for; None for timm's default side."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        network: Any = create_network(name, num_classes=0)
+    network: Any = without_memory(name)
     if not has_patch_tokens(network):
         return None
     rows, columns = network.patch_embed.grid_size

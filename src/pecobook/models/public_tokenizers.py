@@ -20,7 +20,7 @@ from pecobook.models.checkpoints import load_state, read_checkpoint
 LAYOUTS = ("taming", "llamagen")
 _SIDE = 256  # of the images that these tokenizers were trained on, pixels; the files do not say it
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 _BLOCK = re.compile(r"(encoder|decoder)\.(?:down|up|conv_blocks)\.(\d+)\.(block|res|attn|downsample|upsample)\.(.+)")
 _MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2|0|1|2)\.(.+)")
 
@@ -41,10 +41,13 @@ def load_public_model(layout: str, source: str) -> Any:
         text = f"Tokenizers {layout}:FILE need the package diffusers: pip install 'pecobook[diffusers]'."
         raise WeightsError(text) from None
     file = weights_file(layout, source)
-    state = {name: value for name, value in read_checkpoint(str(file)).state.items() if name.startswith(_PARTS)}
+    weights = read_checkpoint(str(file)).state
+    # LlamaGen counts there which codewords were used; anything else of a quantizer changes the codes.
+    names = [name for name in weights if name.startswith(_PARTS) and name != "quantize.codebook_used"]
+    # Latent diffusion keeps moving averages under names without dots, and evaluates those.
+    state = {name: weights.get(f"model_ema.{name.replace('.', '')}", weights[name]) for name in names}
     _check_layout(layout, state, file)
-    names = {_in_diffusers(name, state): name for name in state}
-    renamed = {new: state[old] for new, old in names.items()}
+    renamed = {_in_diffusers(name, state): value for name, value in state.items()}
     # The kernel of a 1 x 1 convolution of an attention is the matrix of a linear layer.
     renamed |= {new: kernel[:, :, 0, 0] for new, kernel in renamed.items() if ".to_" in new and kernel.ndim == 4}
     try:

@@ -110,12 +110,15 @@ class DiffusersTokenizer(ForeignTokenizer):
     """A diffusers VQModel, such as the VQGANs of latent diffusion, taming-transformers and LlamaGen.
 
     Args:
-        model: the diffusers model; its images are RGB in [-1, 1].
+        model: the diffusers model; its images are RGB in [-1, 1], those of aMUSEd's in [0, 1].
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
+        # Of the settings in diffusers' files, this one alone tells aMUSEd's models from the others.
+        is_amused = getattr(self.model.config, "lookup_from_codebook", False)
+        self.scale, self.shift = (1, 0) if is_amused else (2, -1)
 
     @property
     def codebook(self) -> Tensor:
@@ -138,7 +141,7 @@ class DiffusersTokenizer(ForeignTokenizer):
         return int(self.model.config.sample_size)
 
     def _encode(self, images: Tensor) -> Tensor:
-        latents = self.model.encode(images * 2 - 1).latents  # (B, D, h, w)
+        latents = self.model.encode(images * self.scale + self.shift).latents  # (B, D, h, w)
         B, D, h, w = latents.shape
         return nearest_codeword(latents.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
 
@@ -146,7 +149,7 @@ class DiffusersTokenizer(ForeignTokenizer):
         codewords = F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
         spatial = self.model.config.norm_type == "spatial"  # MoVQ's decoder also takes the codewords themselves
         images = self.model.decoder(self.model.post_quant_conv(codewords), codewords if spatial else None)
-        return cast("Tensor", ((images.float() + 1) / 2).clamp(0, 1))
+        return cast("Tensor", ((images.float() - self.shift) / self.scale).clamp(0, 1))
 
     @classmethod
     def from_pretrained(cls, source: str) -> DiffusersTokenizer:

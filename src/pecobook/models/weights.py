@@ -5,10 +5,13 @@ Nothing in this module unpickles code.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError, first_line
@@ -21,10 +24,11 @@ from pecobook.models.makers import (
     activation_note,
     file_normalisation,
     maker_args,
+    neighbour_network,
     overridden,
     timm_normalisation,
 )
-from pecobook.models.network_traits import NetworkTraits, network_traits, trained_size
+from pecobook.models.network_traits import NetworkTraits, differing_layer, network_traits, trained_size, without_memory
 from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
 from pecobook.utils.given import given
@@ -231,8 +235,10 @@ def load_backbone(
     normalisation = overridden(normalisation, mean, std)
     aside = left_aside(file, checkpoint, left) if file and checkpoint else ""
     heads = f"{spec} is built with {args['num_heads']} heads, as in MoCo v3." if is_timm and "num_heads" in args else ""
+    of_mean = is_timm and not pool_mean and "global_pool" in args
+    pooling = f"{spec} pools the mean of the patches, since the file has a norm after it (fc_norm)." if of_mean else ""
     activation = activation_note(network, name, weights) if is_timm else ""
-    notes = tuple(note for note in (aside, heads, activation, normalisation.line(spec)) if note)
+    notes = tuple(note for note in (aside, heads, pooling, activation, normalisation.line(spec)) if note)
     return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=notes)
 
 
@@ -267,12 +273,15 @@ def _load_timm(
 ) -> _Loaded:
     """Load a timm network; return what `_load_run` returns."""
     traits = network_traits(name)
-    pooling: dict[str, Any] = _pooling_args(traits, options["pool_mean"])
+    # A network that has a norm after the mean of the patches was trained without an output of the class token.
+    state = checkpoint.state if checkpoint is not None else {}
+    of_mean = traits.pools_token and any(key.endswith("fc_norm.weight") for key in state)
+    pooling: dict[str, Any] = _pooling_args(traits, options["pool_mean"] or of_mean)
     side = image_size
     if side is None and checkpoint is not None:
-        side = trained_size(name, checkpoint.state)  # of the file's position tables, if it is not the default
+        side = trained_size(name, state)  # of the file's position tables, if it is not the default
     size_args = {"img_size": side} if side is not None and traits.takes_size else {}
-    own = maker_args(checkpoint.state) if checkpoint is not None and traits.is_plain else {}
+    own = maker_args(state) if traits.is_plain else {}
     args, download = pooling | size_args | own, weights is None and not pooling
     network = create_network(name, download, num_classes=0, **_runtime_args(traits, options), **args)
     left: tuple[str, ...] = ()
@@ -315,6 +324,12 @@ def load_file(
     left = load_state(network, checkpoint.state, source=file)
     if not (own := maker_args(checkpoint.state)).items() <= args.items():
         raise WeightsError(f"The weights of '{file}' do not fit this network: MoCo v3's has the arguments {own}.")
+    described, difference = neighbour_network(file, name, args), ""
+    with contextlib.suppress(WeightsError):  # a network of a newer timm, say
+        difference = differing_layer(network, without_memory(*described)) if described else ""
+    if described and difference:
+        text = f"config.json beside it describes {described[0]}, whose {difference}"
+        raise WeightsError(f"The weights of '{file}' do not fit this network: {text}.")
     return left, file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, f"timm:{name}")
 
 
@@ -326,8 +341,26 @@ def _load_npz(network: nn.Module, path: str) -> None:
         raise WeightsError(f"{type(network).__name__} reads no .npz file ('{path}'): give safetensors or .pth.")
     try:
         network.load_pretrained(path)  # type: ignore[operator]
+        # timm resamples patches of another size, and leaves blocks out that the network does not have.
+        theirs, ours = _numbers_in_npz(path), sum(v.numel() for n, v in network.named_parameters() if _BODY.search(n))
     except Exception as error:  # names and shapes of another network, or a damaged file
         raise WeightsError(f"The weights of '{path}' do not fit this network: {first_line(error)}.") from None
+    if theirs != ours:
+        text = f"its patches and blocks hold {theirs:,} numbers, not {ours:,}"
+        raise WeightsError(f"The weights of '{path}' do not fit this network: {text}.")
+
+
+# The patch projection and the blocks, under timm's names and under Google's.
+_BODY = re.compile(r"(^|\.)blocks\.\d|(patch_embed|embeds)\.proj\.weight")
+_BODY_IN_NPZ = re.compile(r"embedding/kernel|encoderblock|block\d")
+
+
+def _numbers_in_npz(path: str) -> int:
+    """Return how many numbers Google's file has for the patch projection and the blocks of the image's network."""
+    with np.load(path, allow_pickle=False) as arrays:
+        first = next((name for name in arrays if name.endswith("embedding/kernel")), "")
+        start = first.removesuffix("embedding/kernel")
+        return sum(arrays[n].size for n in arrays if n.startswith(start) and _BODY_IN_NPZ.search(n))
 
 
 def _runtime_args(traits: NetworkTraits, options: dict[str, Any]) -> dict[str, Any]:
