@@ -104,8 +104,7 @@ def _run(plan: Plan, out: Path) -> Outcome:
 def _write_plan(plan: Plan) -> None:
     """Write the files of --commands and --slurm, and create the folder that their jobs will write to."""
     _begin(plan)
-    config = plan.config
-    for name, text in ((config.commands, listing.commands), (config.slurm, slurm.script)):
+    for name, text in ((plan.config.commands, listing.commands), (plan.config.slurm, slurm.script)):
         if name:
             write_atomically(Path(name), text(plan).encode())
             show(f"Written: {name}")

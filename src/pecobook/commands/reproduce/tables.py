@@ -114,19 +114,24 @@ def gains_over_controls(measured: MeasuredTable) -> list[str]:
     """Return lines on the gain of each perceptual loss over the pixel loss and over the controls, with intervals.
 
     The first figure that the command measures is the primary one, also before its runs are finished. Its differences
-    are read together, with one correction, and those of all other figures together, with another.
+    are read together, with one correction, and those of all other figures together, with another. Differences whose
+    runs are not finished count.
     """
     primary = measured.primary or measured.table.figures[0][1]
-    by_arm = {row.arm: (row, values) for row, values, _ in measured.rows}
+    by_arm = {row.arm: (row, values) for row, values, missing in measured.rows if not missing}
     gains: dict[str, list[Difference]] = {"Primary": [], "Secondary": []}
     for arm, control in measured.table.pairs:
         if arm in by_arm and control in by_arm:
             (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
-            for figure, heading in measured.table.figures:
+            for figure, heading in filter(lambda pair: measured.has(pair[0]), measured.table.figures):
                 name = f"{heading}: {row.label} minus {control_row.label}"
                 gain = difference(name, values.get(figure, {}), control_values.get(figure, {}))
-                gains["Primary" if heading == primary else "Secondary"] += [gain] if gain.values else []
-    return [f"{kind}: {member.sentence()}" for kind, members in gains.items() for member in family(members)]
+                gains["Primary" if heading == primary else "Secondary"].append(gain)
+    return [
+        f"{kind}: {member.sentence()}"
+        for kind, members in gains.items()
+        for member in family([gain for gain in members if gain.values], len(members))
+    ]
 
 
 def remarks(measured: MeasuredTable) -> list[str]:
