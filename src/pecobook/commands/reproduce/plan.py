@@ -277,9 +277,9 @@ class Plan:
             return
         self.jobs.pop(f"analysis-{arm}-{seed}", None)
         common: dict[str, Any] = {**self._source, "seed": seed, "out": self.out(name)}
-        settings = AnalyzeConfig(tokenizer=tokenizer, classifier=classifier, **common)
         if most := self.budget.max_images:
-            settings = dataclasses.replace(settings, max_train=most, max_test=most)
+            common |= {"max_train": most, "max_test": most}
+        settings = AnalyzeConfig(tokenizer=tokenizer, classifier=classifier, **common)
         self.add(name, "analyze", settings, job, classifier_job)
 
     def finished_analysis(self, arm: str, seed: int) -> Path | None:

@@ -73,9 +73,7 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
 
 def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     figures: dict[str, float | None] = {}
-    tokenizer = Arm.parse(arm).target
-    analysis = plan.finished_analysis(tokenizer, seed)
-    if analysis is not None:
+    if analysis := plan.finished_analysis(Arm.parse(arm).target, seed):
         metrics = read_analysis(analysis)["tokenizers"][0]
         names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")
         figures |= {figure: metrics.get(figure) for figure in names}
