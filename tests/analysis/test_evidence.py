@@ -75,6 +75,8 @@ def test_holm__by_hand() -> None:
     assert holm([0.4]) == [0.4]
     assert math.isnan(holm([0.01, math.nan])[1])
     assert holm([0.01, math.nan])[0] == 0.01
+    assert holm([0.02, 0.01], size=4) == pytest.approx([0.06, 0.04])  # as if the other two had p values of 1
+    assert holm([0.02, 0.01, 1.0, 1.0])[:2] == pytest.approx([0.06, 0.04])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))

@@ -9,7 +9,6 @@ import pytest
 
 from pecobook.analysis.comparison import PERCENT_METRICS
 from pecobook.analysis.report import Report, render, write_report
-from pecobook.analysis.wording import duration
 from pecobook.commands.analyze.comparing import comparisons, probe_chart
 from pecobook.commands.analyze.page import compose
 from tests.analysis.test_report import EVIL, png, read
@@ -301,8 +300,8 @@ def test_the_chart_draws_each_score_in_its_panel(monkeypatch: pytest.MonkeyPatch
 
 def test_the_cost_of_a_step_is_in_its_row() -> None:
     table = cells(compose(distinct(), {}, [("train", 30.0), ("probe", 10.0)], {}), "Step", "Share")
-    assert (table["train", "Time"], table["train", "Share"]) == ("30 s", "75%")
-    assert table["Sum", "Time"] == "40 s"
+    assert (table["train", "Time"], table["train", "Share"]) == ("30s", "75%")
+    assert table["Sum", "Time"] == "40s"
 
 
 def text_of(report: Report) -> str:
@@ -356,11 +355,3 @@ def test_names_from_outside_are_escaped() -> None:
     data["tokenizers"][0] |= {"name": EVIL, "pictures": {"gallery": f"pictures/{EVIL}"}}
     report = compose(data, {EVIL: png()}, [(EVIL, 3.0)], {EVIL: EVIL}, title=EVIL, subtitle=EVIL)
     assert "script" not in read(render(report)).tags
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (89, "89 s"), (90, "1 min 30 s"), (120, "2 min"), (5400, "1 h 30 min")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

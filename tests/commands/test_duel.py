@@ -172,13 +172,14 @@ def test_tuning__seeds_of_the_study_do_not_choose_again(images: Path, tmp_path: 
 
 def test_table__has_paired_differences_and_the_reading(images: Path, tmp_path: Path) -> None:
     scores = {"pixel": 50.0, "classification": 55.0, "supervised": 51.0, "perceptual": 53.0, "perceptual-random": 50.5}
+    scores |= {"perceptual-shuffled": 50.7}
     for seed, noise in enumerate((0.0, 0.3, -0.2)):
         for place, (arm, score) in enumerate(scores.items()):
             write_probe(tmp_path, f"{arm}+lr0.001-{seed}", 1.0, score + noise * place)
     (measured,) = measured_tables(make_plan(images, tmp_path, "duel", seeds=(0, 1, 2)))
     gains = gains_over_controls(measured)
     primary = [gain for gain in gains if gain.startswith("Primary")]
-    assert len(primary) == 4  # perceptual over pixel and random weights, two power controls over pixel
+    assert len(primary) == 5  # perceptual over pixel and the two controls, two power controls over pixel
     heading = "Primary: linear probe of the ViT, %: tokens, perceptual loss minus tokens, "
     assert gains[0].startswith(f"{heading}pixel loss alone: +3.1")
     assert "shown to be higher" in gains[0]

@@ -183,6 +183,25 @@ def test_run_all__goes_on_after_a_failed_run_and_repeats_only_what_is_missing(ru
     assert all(job.finished for job in jobs.values())
 
 
+def test_run_all__blames_no_run_that_another_process_has_finished(runs: Path) -> None:
+    """A job that failed on one machine is tried on the others, and may succeed there."""
+    jobs = {"fails": job(runs, "fails"), "late": job(runs, "late", "fails"), "other": job(runs, "other")}
+    (runs / "other").mkdir()
+    lock = FolderLock(runs / "other")  # the other machine works on it
+
+    def finish() -> None:
+        while not (runs / "fails" / "process.json").exists():
+            time.sleep(0.05)
+        for name in jobs:
+            (runs / name / "export").mkdir(parents=True, exist_ok=True)
+            (runs / name / "export" / "config.json").write_text("{}")
+        lock.release()
+
+    threading.Thread(target=finish, daemon=True).start()
+    assert run_all(jobs, runs) == Outcome()
+    assert (runs / "logs" / "fails.log").read_text() == "started\nno luck\n"
+
+
 def test_run_all__says_which_signal_ended_a_run(runs: Path) -> None:
     outcome = run_all({"killed": job(runs, "killed")}, runs)
     assert outcome.failed == {"killed": "started\nIt was ended by SIGKILL, as the system does where memory is short."}

@@ -125,7 +125,7 @@ def test_tables__have_means_deviations_and_the_papers_numbers() -> None:
     assert rows[3][1:3] == ("–", "–")
     gains = gains_over_controls(measured)
     interval = "+11.0 [+4.4, +17.6] (seeds: +10.0, +9.0, +14.0)"
-    shown = "shown to be higher (p 0.037 after Holm's correction)"
+    shown = "not shown (p 0.056 after Holm's correction)"  # 3 times 0.0187: the shuffled control is part of the family
     assert gains[0] == f"Primary: fine-tuned, %: perceptual | loss minus pixel loss: {interval}: {shown}"
     assert len(gains) == 2  # the shuffled control was not measured
     text = markdown([measured], "how")

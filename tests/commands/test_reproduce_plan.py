@@ -345,11 +345,11 @@ def test_slurm__divides_what_an_array_cannot_hold(images: Path, monkeypatch: pyt
     plan = make_plan(images, "table4", seeds=(7, 8, 9), transfer=False)
     submitted = re.findall(r"(job\d+)=\$\(submit (\S+) (\S+) \S+ \"(.*)\" <<", script(plan))
     arrays = {name: (variable, indices, waits) for variable, name, indices, waits in submitted}
-    assert arrays["codebook-pixel"][1] == "0,1"
-    assert arrays["codebook-pixel+part1"][1] == "0"
-    (need,) = re.findall(r"aftercorr:\$(job\d+)$", arrays["codebook-perceptual+part1"][2])
-    assert need == arrays["network-resnet+part1"][0]
-    assert f"\n0) srun --kill-on-bad-exit=1 {command_line(plan.jobs['codebook-pixel-9'])} ;;\n" in script(plan)
+    assert arrays["codebook-pixel+part3"][1] == "1"
+    assert arrays["codebook-pixel+part4"][1] == "0,1"
+    (need,) = re.findall(r"aftercorr:\$(job\d+)$", arrays["codebook-perceptual+part4"][2])
+    assert need == arrays["network-resnet+part4"][0]
+    assert f"\n1) srun --kill-on-bad-exit=1 {command_line(plan.jobs['codebook-pixel-9'])} ;;\n" in script(plan)
 
 
 _SBATCH = """#!/bin/bash

@@ -106,7 +106,11 @@ def test_progress__moves_with_each_step_and_names_its_times_in_a_narrow_terminal
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.4, "59s"), (200, "3m20s"), (18120, "5h02m"), (273600, "3d04h")]
+    ("seconds", "text"),
+    [
+        *[(0, "0s"), (0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (89, "1m29s"), (120, "2m00s"), (200, "3m20s")],
+        *[(5400, "1h30m"), (18120, "5h02m"), (273600, "3d04h")],
+    ],
 )
 def test_compact_duration__gives_the_two_largest_units(seconds: float, text: str) -> None:
     assert compact_duration(seconds) == text

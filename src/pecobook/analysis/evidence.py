@@ -105,12 +105,9 @@ class Difference:
     def conclusion(self) -> str:
         """Return whether the difference is shown, in words, with the p value."""
         if self.verdict is Verdict.UNKNOWN:
-            return (
-                "not judged, one seed has no interval" if len(self.values) < 2 else "not judged, no spread over seeds"
-            )
-        corrected = self.adjusted_p is not None
-        p = f"p {_probability(self.adjusted_p if self.adjusted_p is not None else self.p)}"
-        p += " after Holm's correction" if corrected else ""
+            return f"not judged, {'one seed has no interval' if len(self.values) < 2 else 'no spread over seeds'}"
+        p = f"p {_probability(self.p if self.adjusted_p is None else self.adjusted_p)}"
+        p += "" if self.adjusted_p is None else " after Holm's correction"
         if self.verdict is Verdict.UNCLEAR:
             return f"not shown ({p})"
         return f"shown to be {self.verdict.value} ({p})"
@@ -144,22 +141,28 @@ def outer_means(values: Mapping[tuple[int, ...], float]) -> dict[int, float]:
     }
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p values of a family, in the given order; a NaN is no test and stays NaN."""
+def holm(p_values: Sequence[float], size: int = 0) -> list[float]:
+    """Return Holm's adjusted p values of a family, in the given order; a NaN is no test and stays NaN.
+
+    `size` is the number of comparisons that the family is to have, if not all are tested yet.
+    """
     tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
     adjusted, largest = [math.nan] * len(p_values), 0.0
     for rank, (p, index) in enumerate(tested):
-        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        largest = max(largest, min(1.0, p * (max(size, len(tested)) - rank)))
         adjusted[index] = largest
     return adjusted
 
 
-def family(differences: Iterable[Difference]) -> list[Difference]:
-    """Return differences that are read together, with the correction of their p values; a single one needs none."""
+def family(differences: Iterable[Difference], size: int = 0) -> list[Difference]:
+    """Return differences that are read together, with the correction of their p values; a single one needs none.
+
+    `size` is as in `holm`: otherwise what is shown of half a study would be lost when its other half is finished.
+    """
     members = list(differences)
-    if len(members) < 2:
+    if max(size, len(members)) < 2:
         return members
-    adjusted = holm([member.p for member in members])
+    adjusted = holm([member.p for member in members], size)
     return [Difference(member.name, member.values, p) for member, p in zip(members, adjusted, strict=True)]
 
 

@@ -10,16 +10,6 @@ from pecobook.analysis.probe import MIN_IMAGES, binomial_error
 from pecobook.utils.json_files import is_number
 
 
-def duration(seconds: float) -> str:
-    """Write a time in seconds as text: `48 s`, `6 min 20 s`, `1 h 12 min`."""
-    total = round(seconds)
-    if total < 90:
-        return f"{total} s"
-    if total < 5400:
-        return f"{total // 60} min {total % 60} s" if total % 60 else f"{total // 60} min"
-    return f"{total // 3600} h {total % 3600 // 60} min"
-
-
 def fixed(value: Any, digits: int) -> str:
     """Write `value` with `digits` decimals."""
     return f"{value:.{digits}f}" if is_number(value) else "–"

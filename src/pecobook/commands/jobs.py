@@ -232,6 +232,9 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcom
             run.process.wait()
             run.lock.release()
         progress.close()
+    for fates in (outcome.failed, outcome.not_run):  # another machine may have finished a job that failed here
+        for name in [name for name in fates if jobs[name].finished]:
+            del fates[name]
     return outcome
 
 

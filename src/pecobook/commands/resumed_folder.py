@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from pecobook.settings.changes import changed_settings, complete
 from pecobook.settings.images import ManyRunsConfig
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.json_files import read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
 
 def resumed_folder(
-    out: str, settings: dict[str, Any], defaults: dict[str, Any], *, optional: tuple[str, ...] = (), **rules: Any
+    out: str,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    join: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda settings, _: settings,
+    **rules: Any,
 ) -> OutputFolder:
     """Return the rules for the folder of a command that resumes its jobs if the folder has the same settings.
 
@@ -26,25 +32,21 @@ def resumed_folder(
         out: the folder.
         settings: settings that must not change when the command resumes; the marker holds them.
         defaults: default values of these settings.
-        optional: beginnings of names of settings that a command may leave out, since they only add jobs; a check of
-            the folder then takes their earlier values into `settings`.
-        rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
+        join: returns the first settings with what they may leave out and the second ones have: it only adds jobs.
+        rules: `example`, `kind`, `marker`, `schema` and `data` of `OutputFolder`.
     """
 
-    def check_unchanged(old: dict[str, Any]) -> None:
+    def joined(old: dict[str, Any]) -> dict[str, Any]:
         old = complete(old, defaults)
-        for group in ([name for name in settings if name.startswith(start)] for start in optional):
-            if not any(settings[name] for name in group):
-                settings.update({name: old[name] for name in group})
-            elif not any(old[name] for name in group):
-                old.update({name: settings[name] for name in group})
-        changed = changed_settings(old, settings)
+        together = join(settings, old)
+        changed = changed_settings(join(old, settings), together)
         if changed:
             raise RunFolderError(
                 f"--out '{out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
             )
+        return together
 
-    return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
+    return OutputFolder(out, **rules, always_resumes=True, check_resume=joined)
 
 
 def begin_or_resume(
@@ -56,7 +58,7 @@ def begin_or_resume(
         folder: the result of `resumed_folder`.
         config: the settings of the command.
         splits: the images of --data.
-        settings: the content of the marker.
+        settings: the content of the marker in a new folder.
 
     Raises:
         RunFolderError: the folder cannot be used, or the data have changed and the change is not accepted.
@@ -65,12 +67,15 @@ def begin_or_resume(
 
     def write(out: Path) -> None:
         new: record.Record | None = now
-        if (out / folder.marker).exists():
+        content, marker = settings, out / folder.marker
+        if marker.exists():
+            assert folder.check_resume is not None
+            content = folder.check_resume(read_json(marker, folder.schema)) or settings
             accept, of = config.accept_data_change, f"the {folder.kind.removeprefix('a ')}"
             notes, new = compare_data(out, now, data=config.data, of=of, accept=accept)
             for note in notes:
                 show(note)
-        write_json(out / folder.marker, settings)
+        write_json(marker, content)
         if new is not None:
             new.write(out)
 

@@ -48,8 +48,9 @@ class OutputFolder:
     shared: bool = False
     """Whether other processes may write parts of the folder, each with its own lock; the lock of the folder is then
     held only briefly, and waited for."""
-    check_resume: Callable[[dict[str, Any]], None] | None = None
-    """Takes the content of the marker, and raises RunFolderError if the folder cannot be resumed."""
+    check_resume: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    """Takes the content of the marker, and raises RunFolderError if the folder cannot be resumed. It may return the
+    marker's next content."""
 
     @property
     def path(self) -> Path:

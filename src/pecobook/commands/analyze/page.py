@@ -13,7 +13,7 @@ from pecobook.analysis.atlas import Atlas, as_json, sprite_jpeg
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.probe import MIN_IMAGES
 from pecobook.analysis.report import Picture, Report, Section, Table
-from pecobook.analysis.wording import duration, fixed, thousands
+from pecobook.analysis.wording import fixed, thousands
 from pecobook.commands.analyze.comparing import (
     finding,
     how_to_read,
@@ -32,6 +32,7 @@ from pecobook.commands.analyze.tables import (
     similarity_section,
     stability_section,
 )
+from pecobook.engine.log import compact_duration
 
 
 def compose(
@@ -137,7 +138,7 @@ def _facts(results: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         ("Training images", _count(results.get("num_train"))),
         ("Classes", _count(results.get("num_classes"))),
         ("Seed", results.get("seed")),
-        ("Time", duration(results["seconds"]) if results.get("seconds") else None),
+        ("Time", compact_duration(results["seconds"]) if results.get("seconds") else None),
     )
     return tuple((label, str(value)) for label, value in facts if value or value == 0)
 
@@ -311,10 +312,10 @@ def _training(pictures: Mapping[str, bytes]) -> Section | None:
 
 def _cost(results: Mapping[str, Any], cost: Sequence[tuple[str, float]], settings: Mapping[str, Any]) -> Section:
     total = sum(seconds for _, seconds in cost)
-    rows = [(name, duration(seconds), f"{100 * seconds / total:.0f}%" if total else "–") for name, seconds in cost]
-    rows.append(("Sum", duration(total), ""))
+    rows = [(name, compact_duration(time), f"{100 * time / total:.0f}%" if total else "–") for name, time in cost]
+    rows.append(("Sum", compact_duration(total), ""))
     elapsed = results.get("seconds")
-    note = f"The whole run took {duration(elapsed)}, including loading and drawing." if elapsed else ""
+    note = f"The whole run took {compact_duration(elapsed)}, including loading and drawing." if elapsed else ""
     table = Table(("Step", "Time", "Share"), tuple(rows), note)
     details = json.dumps(settings, indent=2, default=str, ensure_ascii=False)
     return Section("Cost and settings", "", table=table, details=details, details_title="Settings")

@@ -108,16 +108,12 @@ def _tiny(factor: int) -> Budget:
             "base": _tiny_runs(factor, resnet, classifier),
             "large": _tiny_runs(factor, resnet, classifier, depth=8, embed_dim=160),
             "huge": _tiny_runs(factor, resnet, classifier, depth=10, embed_dim=192),
-            "huge-448": _tiny_runs(
-                factor, resnet, dataclasses.replace(classifier, image_size=64), depth=10, embed_dim=192
-            ),
+            "huge-448": _tiny_runs(factor, resnet, replace(classifier, {"image_size": 64}), depth=10, embed_dim=192),
         },
         transfers={
             "segment": dataclasses.replace(segment.tiny(), max_steps=str(100 * factor)),
             "detect": dataclasses.replace(detect.tiny(), max_steps=str(100 * factor)),
-            **dict.fromkeys(
-                ("kinetics", "ssv2"), dataclasses.replace(finetune.tiny_video(), max_steps=str(100 * factor))
-            ),
+            **dict.fromkeys(("kinetics", "ssv2"), replace(finetune.tiny_video(), {"max_steps": str(100 * factor)})),
         },
     )
 

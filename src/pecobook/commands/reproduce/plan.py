@@ -46,9 +46,10 @@ class Plan:
         config: the command's settings.
         tables: the tables by name.
         splits: the images.
+        opens: whether other images are opened; without them a plan tells only which jobs are finished.
     """
 
-    def __init__(self, config: ReproduceConfig, tables: dict[str, PaperTable], splits: Splits) -> None:
+    def __init__(self, config: ReproduceConfig, tables: dict[str, PaperTable], splits: Splits, opens: bool = True):
         self.config, self.tables, self.splits = config, tables, splits
         self.budget = make_budget(config.budget)
         if config.backbone.name:
@@ -59,8 +60,9 @@ class Plan:
             self.classifier = self.budget.classifier
         is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
         self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
-        self.transfer_data = transfer_data(config, self.budget.transfers)
+        self.transfer_data = transfer_data(config, self.budget.transfers, opens)
         self.jobs: dict[str, Job] = {}
+        self._source = {"data": config.data, "value_range": config.value_range}
         self.duel = Duel(config, splits, self.add, self._run_settings) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
             for name, table in tables.items():
@@ -70,10 +72,8 @@ class Plan:
                 for row in () if self._waits_for_data(table) else table.all_rows:
                     if not self.missing_for_arm(row.arm):
                         arm = self.canonical(row.arm)
-                        if Arm.parse(arm).target not in NO_TOKENIZER:
-                            self._add_analysis(
-                                Arm.parse(arm).target, seed, classified="classified" in dict(table.figures)
-                            )
+                        if (target := Arm.parse(arm).target) not in NO_TOKENIZER:
+                            self._add_analysis(target, seed, classified="classified" in dict(table.figures))
                         if config.transfer:
                             self._add_transfers(kinds_of(dict(table.figures)), arm, seed)
 
@@ -187,8 +187,7 @@ class Plan:
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
         length = max(round(length * times), 1)
         changes = self._scaled_rates(base, num_images) | changes
-        common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range}
-        common |= {"seed": seed, "out": self.out(name)}
+        common: dict[str, Any] = {**self._source, "seed": seed, "out": self.out(name)}
         common |= {"micro_batch_size": self.config.micro_batch_size}
         common |= {"compile": self.config.compile} if isinstance(base, CompileTrainConfig) else {}
         saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
@@ -267,26 +266,26 @@ class Plan:
         """Add the analysis of an arm's tokenizer; `classified` says whether its reconstructions are classified."""
         tokenizer, job, _ = self._codebook(arm, seed)
         classifier, classifier_job = "", ""
-        if classified and self.has_labels:
+        # An analysis with a classifier holds all figures of one without.
+        is_judged = self.finished_analysis(arm, seed) == Path(self.out(f"judged-{arm}-{seed}"))
+        if (classified or is_judged) and self.has_labels:
             classifier = self.classifier
             if not classifier and self.budget.supervised is not None:
                 classifier, classifier_job = self._network("supervised", seed)
         name = f"{'judged' if classifier else 'analysis'}-{arm}-{seed}"
         if f"judged-{arm}-{seed}" in self.jobs:
             return
-        self.jobs.pop(f"analysis-{arm}-{seed}", None)  # an analysis with a classifier holds all figures of one without
-        settings = AnalyzeConfig(
-            tokenizer=tokenizer,
-            data=self.config.data,
-            value_range=self.config.value_range,
-            out=self.out(name),
-            classifier=classifier,
-            seed=seed,
-        )
-        if self.budget.max_images:
-            most = self.budget.max_images
-            settings = dataclasses.replace(settings, max_train=most, max_test=most)
+        self.jobs.pop(f"analysis-{arm}-{seed}", None)
+        common: dict[str, Any] = {**self._source, "seed": seed, "out": self.out(name)}
+        if most := self.budget.max_images:
+            common |= {"max_train": most, "max_test": most}
+        settings = AnalyzeConfig(tokenizer=tokenizer, classifier=classifier, **common)
         self.add(name, "analyze", settings, job, classifier_job)
+
+    def finished_analysis(self, arm: str, seed: int) -> Path | None:
+        """Return the folder of an arm's finished analysis, if possible of one with a classifier."""
+        jobs = [Job("analyze", AnalyzeConfig(out=self.out(f"{kind}-{arm}-{seed}"))) for kind in ("judged", "analysis")]
+        return next((job.out for job in jobs if job.finished), None)
 
     # -------------------------------------------------------------------------------------------------------- transfer
 

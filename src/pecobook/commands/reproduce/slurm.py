@@ -55,7 +55,7 @@ def script(plan: Plan) -> str:
     config = plan.config
     arrays: dict[str, dict[int, str]] = {}
     for name in plan.jobs:
-        kind, index = _kind_and_index(plan, name)
+        kind, index = _kind_and_index(name)
         arrays.setdefault(kind, {})[index] = name
     arrays = {kind: names for kind, names in arrays.items() if not all(plan.jobs[n].finished for n in names.values())}
     folder = Path.cwd()
@@ -89,10 +89,13 @@ def script(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kind_and_index(plan: Plan, name: str) -> tuple[str, int]:
-    """Return a job's array and its index there, that of its seed; further arrays hold what does not fit."""
+def _kind_and_index(name: str) -> tuple[str, int]:
+    """Return a job's array and its index there, which is its seed; further arrays hold the seeds that do not fit.
+
+    The index names the task's log, so that a command with other seeds writes others.
+    """
     kind, _, seed = name.rpartition("-")
-    part, index = divmod(plan.config.seeds.index(int(seed)), _MOST_TASKS)
+    part, index = divmod(int(seed), _MOST_TASKS)
     return (f"{kind}+part{part}" if part else kind), index
 
 
@@ -101,7 +104,7 @@ def _dependency(plan: Plan, names: dict[int, str], arrays: dict[str, dict[int, s
     needed: dict[str, set[bool]] = {}
     for index, name in names.items():
         for need in plan.jobs[name].needs:
-            kind, other = _kind_and_index(plan, need)
+            kind, other = _kind_and_index(need)
             if kind in arrays:
                 needed.setdefault(kind, set()).add(index == other and arrays[kind].keys() == names.keys())
     waits = {"aftercorr": [], "afterok": []}  # type: dict[str, list[str]]

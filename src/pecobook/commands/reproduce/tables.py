@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.evidence import Difference, difference, family, mean_and_deviation
+from pecobook.analysis.report import Table, as_markdown
 from pecobook.commands.duel_arms import DUEL
 from pecobook.commands.jobs import read_analysis
 from pecobook.commands.paper_tables import MORE, Arm, PaperTable, Row
@@ -18,6 +19,7 @@ from pecobook.commands.reproduce.duel import probe_figures, reading
 from pecobook.commands.reproduce.few_labels import FOLDERS
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
+from pecobook.utils.json_files import is_number
 
 Values = dict[str, dict[int, float]]
 """Measured value of each seed, by figure."""
@@ -71,10 +73,8 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
 
 def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     figures: dict[str, float | None] = {}
-    tokenizer = Arm.parse(arm).target
-    job = plan.jobs.get(f"judged-{tokenizer}-{seed}") or plan.jobs.get(f"analysis-{tokenizer}-{seed}")
-    if job is not None and job.finished:
-        metrics = read_analysis(job.out)["tokenizers"][0]
+    if analysis := plan.finished_analysis(Arm.parse(arm).target, seed):
+        metrics = read_analysis(analysis)["tokenizers"][0]
         names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")
         figures |= {figure: metrics.get(figure) for figure in names}
         for figure, key in (("position", "share"), ("null_position", "null_share")):
@@ -87,7 +87,7 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
         if job is not None and job.finished:
             figures |= transfer_figures(job, of_kind)
     figures |= probe_figures(plan.jobs, f"{arm}-{seed}")
-    return {figure: float(value) for figure, value in figures.items() if value is not None}
+    return {figure: float(value) for figure, value in figures.items() if is_number(value)}
 
 
 def header_and_rows(measured: MeasuredTable) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -112,45 +112,37 @@ def gains_over_controls(measured: MeasuredTable) -> list[str]:
     """Return lines on the gain of each perceptual loss over the pixel loss and over the controls, with intervals.
 
     The first figure that the command measures is the primary one, also before its runs are finished. Its differences
-    are read together, with one correction, and those of all other figures together, with another.
+    are read together, with one correction, and those of all other figures together, with another. Differences whose
+    runs are not finished count.
     """
     primary = measured.primary or measured.table.figures[0][1]
-    gains = _gains(measured)
-    lines = []
-    for is_primary, kind in ((True, "Primary"), (False, "Secondary")):
-        members = [gain for heading, gain in gains if (heading == primary) == is_primary]
-        lines += [f"{kind}: {member.sentence()}" for member in family(members)]
-    return lines
-
-
-def _gains(measured: MeasuredTable) -> list[tuple[str, Difference]]:
-    """Return (heading, difference) for each perceptual loss, each of its controls and each figure that both have."""
-    by_arm = {row.arm: (row, values) for row, values, _ in measured.rows}
-    gains = []
+    by_arm = {row.arm: (row, values) for row, values, missing in measured.rows if not missing}
+    gains: dict[str, list[Difference]] = {"Primary": [], "Secondary": []}
     for arm, control in measured.table.pairs:
-        if arm not in by_arm or control not in by_arm:
-            continue
-        (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
-        for figure, heading in measured.table.figures:
-            name = f"{heading}: {row.label} minus {control_row.label}"
-            gain = difference(name, values.get(figure, {}), control_values.get(figure, {}))
-            gains += [(heading, gain)] if gain.values else []
-    return gains
+        if arm in by_arm and control in by_arm:
+            (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
+            for figure, heading in filter(lambda pair: measured.has(pair[0]), measured.table.figures):
+                name = f"{heading}: {row.label} minus {control_row.label}"
+                gain = difference(name, values.get(figure, {}), control_values.get(figure, {}))
+                gains["Primary" if heading == primary else "Secondary"].append(gain)
+    return [
+        f"{kind}: {member.sentence()}"
+        for kind, members in gains.items()
+        for member in family([gain for gain in members if gain.values], len(members))
+    ]
 
 
 def remarks(measured: MeasuredTable) -> list[str]:
     """Return the lines below a table: the classifier's accuracy on originals, and why figures are missing."""
     originals = {
-        row.label: mean_and_deviation([*values["originals"].values()])
+        row.label: f"{mean_and_deviation([*values['originals'].values()])}%"
         for row, values, _ in measured.rows
         if "originals" in values
     }
     if "classified" not in dict(measured.table.figures) or not originals:
         return list(measured.remarks)
-    if len(set(originals.values())) == 1:
-        accuracies = next(iter(originals.values())) + "%"
-    else:
-        accuracies = ", ".join(f"{accuracy}% ({label})" for label, accuracy in originals.items())
+    different = [f"{accuracy} ({label})" for label, accuracy in originals.items()]
+    accuracies = ", ".join(set(originals.values()) if len(set(originals.values())) == 1 else different)
     return [f"Our classifier, on originals: {accuracies}.", *measured.remarks]
 
 
@@ -159,10 +151,9 @@ def markdown(tables: Sequence[MeasuredTable], introduction: str) -> str:
     parts = ["# The paper's tables, measured again", introduction]
     for measured in tables:
         header, rows = header_and_rows(measured)
-        lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
         gains = "\n".join(f"- {line}" for line in gains_over_controls(measured))
         table = measured.table
-        parts += [f"## {table.title}", "\n".join(lines), table.note, *remarks(measured), gains]
+        parts += [f"## {table.title}", as_markdown(Table(header, tuple(rows))), table.note, *remarks(measured), gains]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

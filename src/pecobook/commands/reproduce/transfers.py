@@ -67,11 +67,11 @@ class TransferData:
     """The settings of the command that name the images and their classes."""
 
 
-def transfer_data(config: ReproduceConfig, base: Mapping[str, Any]) -> dict[str, TransferData]:
+def transfer_data(config: ReproduceConfig, base: Mapping[str, Any], opens: bool) -> dict[str, TransferData]:
     """Open the images for segmentation and detection, and the clips, that `config` names; the keys are `DATA_FLAGS`.
 
-    `base` provides the settings of `segment` and `detect` that name the classes, if `config` does not. Raises
-    PecobookError.
+    `base` provides the settings of `segment` and `detect` that name the classes, if `config` does not. Without `opens`
+    nothing is opened, and a million images stand for them. Raises PecobookError.
     """
     classes = {
         "mask_values": config.segmentation_mask_values or base["segment"].mask_values,
@@ -86,7 +86,7 @@ def transfer_data(config: ReproduceConfig, base: Mapping[str, Any]) -> dict[str,
     for kind, (settings, opener) in sources.items():
         if settings["data"]:
             try:
-                opened[kind] = TransferData(len(opener(**settings).train), settings)
+                opened[kind] = TransferData(len(opener(**settings).train) if opens else 10**6, settings)
             except PecobookError as error:  # the message names the flags of another command
                 flag = DATA_FLAGS[kind].partition(" ")[0]
                 text = str(error).replace("--data", flag)
