@@ -14,10 +14,10 @@ from pecobook.commands.reproduce.budgets import make_budget
 from pecobook.data.images import open_images
 from pecobook.engine import launch
 from pecobook.errors import ConfigError
-from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claims, recipe
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.settings.pretrain import DecoderConfig, PretrainConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, TrainConfig

@@ -16,11 +16,11 @@ from pecobook.commands.extract import check_reads
 from pecobook.errors import PecobookError, WeightsError
 from pecobook.models.dense.pyramid import build_pyramid
 from pecobook.models.dry_run import dry_run, leaks
-from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.models.masked_check import check_network
 from pecobook.models.masked_vit import MaskedImageModel, VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import Backbone, load_backbone
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.settings.segment import SegmentConfig
 from tests.runs import train

@@ -19,10 +19,11 @@ from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
 from pecobook.models.feature_networks import load_feature_network
-from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD, activation_note
+from pecobook.models.makers import activation_note
 from pecobook.models.networks import create_network
 from pecobook.models.weights import Backbone, load_backbone
 from pecobook.recipes import recipe
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD
 
 NAME = "test_vit"  # timm's settings of the name: mean 0.5
 HALF = (0.5, 0.5, 0.5)

@@ -105,9 +105,12 @@ class Difference:
     def conclusion(self) -> str:
         """Return whether the difference is shown, in words, with the p value."""
         if self.verdict is Verdict.UNKNOWN:
-            return f"not judged, {'one seed has no interval' if len(self.values) < 2 else 'no spread over seeds'}"
-        p = f"p {_probability(self.p if self.adjusted_p is None else self.adjusted_p)}"
-        p += "" if self.adjusted_p is None else " after Holm's correction"
+            reason = "one seed has no interval" if len(self.values) < 2 else "no spread over seeds"
+            return f"not judged, {reason}"
+        if self.adjusted_p is None:
+            p = f"p {_probability(self.p)}"
+        else:
+            p = f"p {_probability(self.adjusted_p)} after Holm's correction"
         if self.verdict is Verdict.UNCLEAR:
             return f"not shown ({p})"
         return f"shown to be {self.verdict.value} ({p})"

@@ -17,8 +17,6 @@ from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import is_head, left_aside, load_state, read_checkpoint
 from pecobook.models.dry_run import refusing
 from pecobook.models.makers import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Normalisation,
     neighbour_normalisation,
     overridden,
@@ -27,6 +25,7 @@ from pecobook.models.makers import (
 from pecobook.models.network_traits import has_patch_tokens, network_traits, traits_of
 from pecobook.models.networks import downloads
 from pecobook.models.weights import load_backbone
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD
 
 LAST = "last"
 """Given instead of layers: the output of the last layer, after the network's final norm."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
-from pecobook.models.network_traits import unseen
-from pecobook.models.networks import create_network
+from pecobook.models.network_traits import unseen, without_memory
 from pecobook.models.tokenizer import as_codes
 from pecobook.models.weights import Backbone
 
@@ -28,11 +27,11 @@ def as_backbone(module: nn.Module) -> Backbone:
     own = {key: value.shape for key, value in module.state_dict().items()}
     for args in ({}, {"img_size": size[0]} if size else {}):
         try:
-            with torch.device("meta"):
-                rebuilt = create_network(name, num_classes=getattr(module, "num_classes", 0), **args)
+            rebuilt = without_memory(name, {"num_classes": getattr(module, "num_classes", 0), **args})
         except WeightsError:
             break
-        if {k: value.shape for k, value in rebuilt.state_dict().items()} == own and unseen(rebuilt) == unseen(module):
+        shapes = {key: value.shape for key, value in rebuilt.state_dict().items()}
+        if shapes == own and unseen(rebuilt) == unseen(module):
             side = size[0] if size else traits.get("input_size", (3, 224, 224))[-1]
             return Backbone(module, name, args, tuple(traits["mean"]), tuple(traits["std"]), side)
     raise WeightsError(

@@ -16,12 +16,12 @@ from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import left_aside, load_state, misfits, read_checkpoint, read_weights
 from pecobook.models.export import export_folder, read_export, read_settings, write_tensors
 from pecobook.models.hub import resolve_source
-from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.models.network_traits import differing_layer
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import load_backbone, load_file
 from pecobook.settings.changes import changed_settings, complete
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.settings.values import to_dict
 from pecobook.utils.files import without_folders
 from pecobook.utils.json_files import OBJECT, TEXT, Schema, read_if_valid

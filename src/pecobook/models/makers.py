@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.utils.json_files import NUMBER, OBJECT, list_of, read_if_valid
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
 _HALF = (0.5, 0.5, 0.5)
 
 # Beginnings of the names under which these projects publish their files. All of them use ImageNet's mean and deviation.

@@ -34,9 +34,13 @@ class NetworkTraits:
 
 
 def without_memory(name: str, args: dict[str, Any] | None = None) -> nn.Module:
-    """Build a timm network without memory for weights. Raises WeightsError if timm cannot."""
+    """Build a timm network without memory and time for weights, and without a head unless `args` ask for one.
+
+    Raises:
+        WeightsError: timm cannot build it.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return create_network(name, num_classes=0, **(args or {}))
+        return create_network(name, **({"num_classes": 0} | (args or {})))
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,6 @@ Nothing in this module unpickles code.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -18,8 +17,6 @@ from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.checkpoints import Checkpoint, left_aside, load_state, read_checkpoint
 from pecobook.models.export import Card, Exported, read_export, read_settings
 from pecobook.models.makers import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Normalisation,
     activation_note,
     file_normalisation,
@@ -31,6 +28,7 @@ from pecobook.models.makers import (
 from pecobook.models.network_traits import NetworkTraits, differing_layer, network_traits, trained_size, without_memory
 from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.utils.given import given
 from pecobook.utils.images import as_images
 
@@ -324,13 +322,22 @@ def load_file(
     left = load_state(network, checkpoint.state, source=file)
     if not (own := maker_args(checkpoint.state)).items() <= args.items():
         raise WeightsError(f"The weights of '{file}' do not fit this network: MoCo v3's has the arguments {own}.")
-    described, difference = neighbour_network(file, name, args), ""
-    with contextlib.suppress(WeightsError):  # a network of a newer timm, say
-        difference = differing_layer(network, without_memory(*described)) if described else ""
-    if described and difference:
+    _check_described(network, name, args, file)
+    return left, file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, f"timm:{name}")
+
+
+def _check_described(network: nn.Module, name: str, args: dict[str, Any], file: str) -> None:
+    """Raise WeightsError if config.json beside a file describes a network that computes something else."""
+    described = neighbour_network(file, name, args)
+    if described is None:
+        return
+    try:
+        difference = differing_layer(network, without_memory(*described))
+    except WeightsError:  # a network of a newer timm, say
+        return
+    if difference:
         text = f"config.json beside it describes {described[0]}, whose {difference}"
         raise WeightsError(f"The weights of '{file}' do not fit this network: {text}.")
-    return left, file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, f"timm:{name}")
 
 
 def _load_npz(network: nn.Module, path: str) -> None:
@@ -342,7 +349,8 @@ def _load_npz(network: nn.Module, path: str) -> None:
     try:
         network.load_pretrained(path)  # type: ignore[operator]
         # timm resamples patches of another size, and leaves blocks out that the network does not have.
-        theirs, ours = _numbers_in_npz(path), sum(v.numel() for n, v in network.named_parameters() if _BODY.search(n))
+        theirs = _numbers_in_npz(path)
+        ours = sum(value.numel() for name, value in network.named_parameters() if _BODY.search(name))
     except Exception as error:  # names and shapes of another network, or a damaged file
         raise WeightsError(f"The weights of '{path}' do not fit this network: {first_line(error)}.") from None
     if theirs != ours:
@@ -360,7 +368,7 @@ def _numbers_in_npz(path: str) -> int:
     with np.load(path, allow_pickle=False) as arrays:
         first = next((name for name in arrays if name.endswith("embedding/kernel")), "")
         start = first.removesuffix("embedding/kernel")
-        return sum(arrays[n].size for n in arrays if n.startswith(start) and _BODY_IN_NPZ.search(n))
+        return sum(arrays[name].size for name in arrays if name.startswith(start) and _BODY_IN_NPZ.search(name))
 
 
 def _runtime_args(traits: NetworkTraits, options: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 from pecobook.settings.finetune import FinetuneConfig
-from pecobook.settings.images import ClipConfig
+from pecobook.settings.images import IMAGENET_MEAN, IMAGENET_STD, ClipConfig
 from pecobook.settings.training import OptimConfig
 
 PLAIN: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": "", "label_smoothing": 0.0}
 """Settings that leave only crops and flips as augmentation and do not change the labels."""
-IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 """The normalisation in MAE's and DeiT's code. Timm's for the name of their ViT is that of other weights: 0.5."""
 
 

@@ -7,6 +7,9 @@ from typing import Any, Literal, TypeAlias
 
 from pecobook.settings.values import between, not_negative, positive, refuse, settings_class
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's pixels, RGB in [0, 1]: the normalisation of most networks."""
+
 
 @settings_class
 class JitterConfig:

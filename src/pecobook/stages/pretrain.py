@@ -45,6 +45,7 @@ from pecobook.models.masked_vit import (
     tiled_cross_entropy,
     unshare_positions,
 )
+from pecobook.models.network_traits import without_memory
 from pecobook.models.residual import keep_residuals_low
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import Backbone, create_network
@@ -270,8 +271,7 @@ def build_backbone(config: PretrainConfig) -> nn.Module:
     try:
         return create_network(name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
     except WeightsError:
-        with torch.device("meta"):  # a network without patches takes no image size
-            check_has_patches(create_network(name, num_classes=0, **config.model.kwargs()))
+        check_has_patches(without_memory(name, config.model.kwargs()))  # one without patches takes no image size
         raise
 
 
@@ -293,8 +293,7 @@ def exported_pooling(backbone: nn.Module, config: PretrainConfig) -> tuple[dict[
     pooling = {"global_pool": "avg"} if pool in ("avg", "token") else {}
     if pool != "token":
         return pooling, False
-    with torch.device("meta"):  # no memory and no time for weights
-        exported = create_network(config.model.name, num_classes=0, **(backbone_args(config) | pooling)).state_dict()
+    exported = without_memory(config.model.name, backbone_args(config) | pooling).state_dict()
     return pooling, "fc_norm.weight" in exported and "fc_norm.weight" not in backbone.state_dict()
 
 

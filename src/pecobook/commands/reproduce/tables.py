@@ -121,7 +121,9 @@ def gains_over_controls(measured: MeasuredTable) -> list[str]:
     for arm, control in measured.table.pairs:
         if arm in by_arm and control in by_arm:
             (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
-            for figure, heading in filter(lambda pair: measured.has(pair[0]), measured.table.figures):
+            for figure, heading in measured.table.figures:
+                if not measured.has(figure):
+                    continue
                 name = f"{heading}: {row.label} minus {control_row.label}"
                 gain = difference(name, values.get(figure, {}), control_values.get(figure, {}))
                 gains["Primary" if heading == primary else "Secondary"].append(gain)
@@ -135,14 +137,16 @@ def gains_over_controls(measured: MeasuredTable) -> list[str]:
 def remarks(measured: MeasuredTable) -> list[str]:
     """Return the lines below a table: the classifier's accuracy on originals, and why figures are missing."""
     originals = {
-        row.label: f"{mean_and_deviation([*values['originals'].values()])}%"
+        row.label: mean_and_deviation([*values["originals"].values()])
         for row, values, _ in measured.rows
         if "originals" in values
     }
     if "classified" not in dict(measured.table.figures) or not originals:
         return list(measured.remarks)
-    different = [f"{accuracy} ({label})" for label, accuracy in originals.items()]
-    accuracies = ", ".join(set(originals.values()) if len(set(originals.values())) == 1 else different)
+    if len(set(originals.values())) == 1:
+        accuracies = next(iter(originals.values())) + "%"
+    else:
+        accuracies = ", ".join(f"{accuracy}% ({label})" for label, accuracy in originals.items())
     return [f"Our classifier, on originals: {accuracies}.", *measured.remarks]
 
 
