@@ -63,18 +63,14 @@ def duel_budget(name: str) -> DuelBudget:
         network = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160")
         return _budget(network, codebook.tiny(), pretrain.tiny(), "20 epochs", views=4)
     if name == "small":
-        network = dataclasses.replace(
-            contrast.cifar10(), batch_size=256, image_size=64, max_steps="20 epochs", precision="bf16"
-        )
+        network = dataclasses.replace(contrast.cifar10(), batch_size=256, image_size=64, max_steps="20 epochs")
         base = codebook.imagenette()
         decoder = dataclasses.replace(base.model, decoder_width=0.5)
         tokenizer = dataclasses.replace(base, image_size=64, max_steps="2 epochs", precision="fp32", model=decoder)
         vit = BackboneConfig(
             name="vit_tiny_patch16_224", args='{"patch_size": 16, "depth": 6, "embed_dim": 192, "init_values": 0.1}'
         )
-        masked = dataclasses.replace(
-            pretrain.tiny(), max_steps="25 epochs", image_size=64, precision="bf16", model=vit, save_every=500
-        )
+        masked = dataclasses.replace(pretrain.tiny(), max_steps="25 epochs", image_size=64, model=vit, save_every=500)
         return _budget(network, tokenizer, masked, "60 epochs", views=4)
     masked = dataclasses.replace(
         pretrain.imagenette(), max_steps="200 epochs", image_size=224, mask=MaskConfig(num_masked=75)
