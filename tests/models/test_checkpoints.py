@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -78,8 +79,24 @@ def test_load_state__takes_the_norm_before_or_after_the_mean(old: str, new: str)
 # ------------------------------------------------------------------------------------------------------- read_weights
 
 
+def test_read_weights__reads_arrays_of_numpy(tmp_path: Path) -> None:
+    weight, bias = np.ones((2, 3), np.float16), np.arange(2, dtype=np.float32)
+    np.savez(tmp_path / "weights.npz", weight=weight, bias=bias)
+    state = read_weights(str(tmp_path / "weights.npz"))
+    assert {name: (value.dtype, value.tolist()) for name, value in state.items()} == {
+        "weight": (torch.float16, [[1.0] * 3] * 2),
+        "bias": (torch.float32, [0.0, 1.0]),
+    }
+
+
+def test_read_weights__runs_no_code_in_a_file_of_numpy(tmp_path: Path) -> None:
+    np.savez(tmp_path / "weights.npz", weight=np.array([{}], dtype=object))
+    with pytest.raises(WeightsError, match="runs no code from a file"):
+        read_weights(str(tmp_path / "weights.npz"))
+
+
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02", b"PK\x03\x04 half a zip", b"\x00" * 300])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth", ".npz", ".safetensors"])
 def test_read_weights__refuses_what_is_no_file_of_weights(tmp_path: Path, content: bytes, suffix: str) -> None:
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(content)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Load the weights from a safetensors or PyTorch file, out of the dictionaries that a training script saved.
+    """Load the weights from a safetensors, .npz or PyTorch file, out of the dictionaries that a training script saved.
 
     Settings (argparse, numpy, omegaconf, ...) next to the weights are skipped, and only the weights of a pickled
     network are read; no code in the file runs.
@@ -90,7 +91,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"'{path}' cannot be read as safetensors: {error}") from None
     try:
-        content = load_tensors(file)
+        content = _numpy_arrays(file) if file.suffix == ".npz" else load_tensors(file)
     except Exception as error:  # a damaged file can raise any exception
         raise WeightsError(
             f"'{path}' is not a plain file of weights ({loading_reason(error)}); pecobook runs no code from a file.\n"
@@ -112,6 +113,11 @@ def read_checkpoint(path: str) -> Checkpoint:
     left += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     state = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     return Checkpoint(state, tuple(wrapper), tuple(left))
+
+
+def _numpy_arrays(file: Path) -> dict[str, Tensor]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _inner(content: dict[Any, Any]) -> str | None:
