@@ -45,6 +45,11 @@ def test_open_classifier__refuses_other_classes(images: Path, vit_run: Path, tmp
     Image.new("RGB", (20, 20)).save(bare / "b.png")
     with pytest.raises(DataError, match="has no labels"):
         open_classifier(AnalyzeConfig(data=str(bare), classifier="timm:resnet10t"), open_images(str(bare)))
+    for name in ("train/a", "train/b", "val"):
+        (bare / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(bare / name / "1.png")
+    with pytest.raises(DataError, match=r"--classifier needs labels: .* for its held-out images \(validation\)"):
+        open_classifier(AnalyzeConfig(data=str(bare), classifier="timm:resnet10t"), open_images(str(bare)))
 
 
 def test_open_classifier__refuses_a_segmenter(images: Path, tmp_path: Path) -> None:

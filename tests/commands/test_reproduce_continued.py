@@ -194,6 +194,18 @@ def test_plan__trains_nothing_on_labels_that_are_missing(unlabelled_images: Path
     assert public.missing_for_arm("supervised-random") == "", "a public network needs no labels of ours"
 
 
+def test_plan__trains_nothing_on_labels_that_the_held_out_images_lack(tmp_path: Path, images: Path) -> None:
+    files = sorted(images.rglob("*.png"))
+    names = ("train/a", "train/a", "train/b", "train/b", "val")  # ImageNet's val/ is flat
+    for number, (folder, file) in enumerate(zip(names, files, strict=False)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / f"{number}.png").write_bytes(file.read_bytes())
+    plan = make_plan(tmp_path, "tables1-2", "table4", "table11")
+    assert plan.splits.train.labels is not None
+    assert {job.command for job in plan.jobs.values()} == {"codebook", "contrast", "analyze"}
+    assert "Not measured: fine-tuned, % (needs labels)." in plan.left_out()
+
+
 def test_plan__names_no_network_unused_that_is_the_default(images: Path) -> None:
     given = {"supervised": "torchvision:vgg16", "backbone": BackboneConfig(name="beit_base_patch16_224")}
     plan = make_plan(images, "table5", budget="paper", dino="timm:vit", **given)

@@ -295,6 +295,15 @@ def test_flat_validation_images(tmp_path: Path) -> None:
         write(tmp_path / "flat" / f"ILSVRC2012_val_{number:08}.JPEG")
     with pytest.raises(DataError, match=r"without class folders .*LOC_val_solution.csv\), or use 'hf:"):
         check_labels(open_images(str(tmp_path / "flat")), "x")
+    (tmp_path / "flat" / "test").mkdir()
+    write(tmp_path / "flat" / "test" / "ILSVRC2012_test_00000001.JPEG")
+    for number in (1, 2):
+        write(tmp_path / "flat" / "train" / f"n0{number}" / f"n0{number}_1.JPEG")
+        (tmp_path / "flat" / "val").mkdir(exist_ok=True)
+        name = f"ILSVRC2012_val_{number:08}.JPEG"
+        (tmp_path / "flat" / name).rename(tmp_path / "flat" / "val" / name)
+    with pytest.raises(DataError, match=r"images of test come .* of val .*LOC_val_solution.csv\), or use 'hf:"):
+        check_labels(open_images(str(tmp_path / "flat")), "x")
 
 
 def test_names_that_are_not_unicode(tmp_path: Path) -> None:

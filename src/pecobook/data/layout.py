@@ -305,8 +305,8 @@ def _reason(layout: Layout, split: str, image: str, unit: str) -> str:
     """Return why a split has no class folders, given the name of one of its images (or clips)."""
     if _IMAGENET_NAME.fullmatch(image.rpartition("/")[2]):
         return (
-            f"ImageNet's images of {split} come without class folders ({image}); move them into class folders by the "
-            "list that belongs to them (LOC_val_solution.csv), or use 'hf:ILSVRC/imagenet-1k'"
+            f"ImageNet's images of {split} come without class folders ({image}); move those of val into class folders "
+            "by the list that belongs to them (LOC_val_solution.csv), or use 'hf:ILSVRC/imagenet-1k'"
         )
     if split == "train":
         only = layout.only_folder

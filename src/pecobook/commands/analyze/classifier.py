@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.data.images import check_labels
 from pecobook.data.parts import class_indices
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
@@ -60,11 +61,11 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
     Raises:
         PecobookError: the classifier does not exist, or lacks classes of the data.
     """
-    classes = splits.train.classes
-    if classes is None:
-        reason = f" that can be used: {splits.train.unlabelled}" if splits.train.unlabelled else ""
-        raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels{reason}.")
-    name = config.classifier
+    try:
+        check_labels(splits, config.data)
+    except DataError as error:
+        raise DataError(f"--classifier needs labels: {error}") from None
+    name, classes = config.classifier, splits.train.classes or ()
     if name.startswith("timm:"):
         network, size, normalisation = _open_timm(name, config)
         count = int(network.num_classes)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class Plan:
         self.budget = make_budget(config.budget)
         if config.backbone.name:
             self.budget = with_backbone(self.budget, config.backbone)
-        self.has_labels = splits.train.labels is not None
+        self.has_labels = all(images.labels is not None for images in (splits.train, splits.evaluation))
         self.classifier = config.classifier
         if not config.classifier and len(splits.train.classes or ()) == 1000:  # the classes of ImageNet-1K
             self.classifier = self.budget.classifier
