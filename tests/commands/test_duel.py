@@ -192,6 +192,9 @@ def test_reading__needs_power_first() -> None:
     weak = reading(arms | {"classification": {0: 51.0, 1: 52.0}, "supervised": {0: 49.0, 1: 51.0}})
     assert weak[0].endswith("classification +1.0, supervised −0.5 points.")
     assert "no power" in weak[1]
+    close = reading(arms | {"classification": {0: 51.96, 1: 52.96}, "supervised": {0: 49.0, 1: 51.0}})
+    assert close[0].endswith("classification +1.96, supervised −0.5 points."), "+2.0 is a lead of 2 points"
+    assert "Neither leads by 2 points" in close[1]
     assert len(reading(arms | {"classification": {0: 53.0, 1: 54.0}})) == 1  # power, and nothing to deny
     level = {"perceptual-random": {0: 59.9, 1: 62.0, 2: 61.0}, "perceptual": {0: 60.0, 1: 62.1, 2: 61.0}}
     denied = reading(arms | level | {"classification": {0: 53.0, 1: 54.0}})

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pecobook.analysis.evidence import LEVEL, difference
+from pecobook.analysis.evidence import LEVEL, difference, signed
 from pecobook.commands.duel_arms import Setting, run_name, settings_of
 from pecobook.commands.jobs import Job
 from pecobook.commands.reproduce.few_labels import FOLDERS, few_labels
@@ -322,7 +322,7 @@ def reading(linear: Mapping[str, Mapping[int, float]]) -> list[str]:
     measured = {arm: gain.mean for arm, gain in controls.items() if gain.values}
     if not measured:
         return []
-    told = ", ".join(f"{arm} {mean:+.1f}" for arm, mean in measured.items()).replace("-", "−")
+    told = ", ".join(f"{arm} {signed(mean, limit=POWER)}" for arm, mean in measured.items())
     lines = [f"Power: the controls that know the labels, over the pixel codebook: {told} points."]
     if max(measured.values()) < POWER:
         none = f"Neither leads by {POWER:g} points: this budget has no power, and nothing else is read from it."
