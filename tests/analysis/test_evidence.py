@@ -32,7 +32,7 @@ def test_sentence__never_rounds_a_number_to_the_limit_that_it_is_judged_by() -> 
     narrow = Difference("x", (0.85, 1.0, 3.0, 3.05))
     assert narrow.interval[0] == pytest.approx(1.975 - 3.182446 * 0.607076, abs=1e-5)
     assert narrow.sentence() == "x: +2.0 [+0.04, +3.9] (seeds: +0.8, +1.0, +3.0, +3.0): shown to be higher (p 0.047)"
-    for p, text in ((0.0504, "not shown (p 0.0504"), (0.0496, "shown to be higher (p 0.0496"), (0.05, "higher (p 0.05")):
+    for p, text in ((0.0504, "not shown (p 0.0504 "), (0.0496, "to be higher (p 0.0496 "), (0.05, "higher (p 0.05 ")):
         assert text in Difference("x", (0.85, 1.0, 3.0, 3.05), p).conclusion()
     assert [signed(value, limit=2.0) for value in (1.96, 2.0, 2.04, 1.9999, -2.0)] == [
         *("+1.96", "+2.0", "+2.04", "+1.9999", "−2.0"),

@@ -302,6 +302,9 @@ def test_tuning__gives_random_weights_a_rate_of_their_own(images: Path, tmp_path
     assert plan.duel.chosen("scratch") == Setting(3e-3)
     assert plan.jobs["few-scratch+lr0.003-0"].config.optim.lr == 3e-3
     assert plan.jobs["few-pixel+lr0.001-0"].config.optim.lr == 1e-3
+    (Path(runs[0].out) / "metrics.jsonl").write_text('{"step": 1, "evalu')
+    with pytest.raises(RunFolderError, match=r"tune-scratch\+lr0\.001-100/metrics\.jsonl' is missing or damaged"):
+        make_plan(images, tmp_path, "duel")
 
 
 def test_duel__needs_labels(unlabelled_images: Path, tmp_path: Path) -> None:
