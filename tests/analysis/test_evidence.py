@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pecobook.analysis.evidence import Difference, Verdict, difference, family, holm, outer_means
+from pecobook.analysis.evidence import Difference, Verdict, difference, family, holm, outer_means, signed
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
 
@@ -25,6 +25,19 @@ def test_interval__by_hand() -> None:
     higher = Difference("x", (5.6, 5.0, 5.1))
     assert higher.sentence() == "x: +5.2 [+4.4, +6.0] (seeds: +5.6, +5.0, +5.1): shown to be higher (p 0.0013)"
     assert Difference("x", (-5.6, -5.0, -5.1)).verdict is Verdict.LOWER
+
+
+def test_sentence__never_rounds_a_number_to_the_limit_that_it_is_judged_by() -> None:
+    """`[+0.0, +3.9]: shown to be higher` and `not shown (p 0.05)` would contradict themselves."""
+    narrow = Difference("x", (0.85, 1.0, 3.0, 3.05))
+    assert narrow.interval[0] == pytest.approx(1.975 - 3.182446 * 0.607076, abs=1e-5)
+    assert narrow.sentence() == "x: +2.0 [+0.04, +3.9] (seeds: +0.8, +1.0, +3.0, +3.0): shown to be higher (p 0.047)"
+    for p, text in ((0.0504, "not shown (p 0.0504 "), (0.0496, "to be higher (p 0.0496 "), (0.05, "higher (p 0.05 ")):
+        assert text in Difference("x", (0.85, 1.0, 3.0, 3.05), p).conclusion()
+    assert [signed(value, limit=2.0) for value in (1.96, 2.0, 2.04, 1.9999, -2.0)] == [
+        *("+1.96", "+2.0", "+2.04", "+1.9999", "−2.0"),
+    ]
+    assert [signed(value) for value in (0.0, -0.04, 1e-12, math.nan)] == ["+0.0", "−0.04", "+0.000000000", "+nan"]
 
 
 @given(VALUES)

@@ -201,6 +201,9 @@ def test_reading__needs_power_first() -> None:
     weak = reading(arms | {"classification": {0: 51.0, 1: 52.0}, "supervised": {0: 49.0, 1: 51.0}})
     assert weak[0].endswith("classification +1.0, supervised −0.5 points.")
     assert "no power" in weak[1]
+    close = reading(arms | {"classification": {0: 51.96, 1: 52.96}, "supervised": {0: 49.0, 1: 51.0}})
+    assert close[0].endswith("classification +1.96, supervised −0.5 points."), "+2.0 is a lead of 2 points"
+    assert "Neither leads by 2 points" in close[1]
     assert len(reading(arms | {"classification": {0: 53.0, 1: 54.0}})) == 1  # power, and nothing to deny
     level = {"perceptual-random": {0: 59.9, 1: 62.0, 2: 61.0}, "perceptual": {0: 60.0, 1: 62.1, 2: 61.0}}
     denied = reading(arms | level | {"classification": {0: 53.0, 1: 54.0}})
@@ -308,6 +311,9 @@ def test_tuning__gives_random_weights_a_rate_of_their_own(images: Path, tmp_path
     assert plan.duel.chosen("scratch") == Setting(3e-3)
     assert plan.jobs["few-scratch+lr0.003-0"].config.optim.lr == 3e-3
     assert plan.jobs["few-pixel+lr0.001-0"].config.optim.lr == 1e-3
+    (Path(runs[0].out) / "metrics.jsonl").write_text('{"step": 1, "evalu')
+    with pytest.raises(RunFolderError, match=r"tune-scratch\+lr0\.001-100/metrics\.jsonl' is missing or damaged"):
+        make_plan(images, tmp_path, "duel")
 
 
 def test_duel__needs_labels(unlabelled_images: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pecobook.commands.paper_tables import TABLES, Arm
 from pecobook.commands.reproduce import _with_full_paths
 from pecobook.commands.reproduce.budgets import Budget, VitRuns, make_budget, with_backbone
 from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
-from pecobook.errors import ConfigError, DataError
+from pecobook.errors import ConfigError, DataError, RunFolderError
 from pecobook.recipes import recipe
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.reproduce import ReproduceConfig
@@ -74,6 +74,13 @@ def test_plan__table3_trains_the_pretrained_vits_on_their_own_images(images: Pat
     assert segment.config.ignore == ("255", "green")
     assert detect.config.max_steps == plan.budget.transfers["detect"].max_steps
     assert not any(name.startswith("classifier-") for name in plan.jobs)  # no figure of the table needs one
+
+
+def test_plan__table3_tests_on_all_images_at_every_budget(images: Path) -> None:
+    """The recipes' own tests are of 64 and 16 images, and a table shows their figures without saying so."""
+    for budget in ("tiny", "small"):
+        plan = make_plan(images, "table3", budget=budget, **dense())
+        assert [plan.jobs[f"{kind}-moco-0"].config.evaluation_images for kind in ("segment", "detect")] == [5000, 5000]
 
 
 def test_plan__table3_at_budget_paper(images: Path) -> None:
@@ -166,6 +173,16 @@ def test_transfer_figures__of_finished_jobs(tmp_path: Path) -> None:
     assert attack.finished
     assert transfer_figures(attack, TRANSFERS["attack"]) == {"bim": 10.0, "mi-fgsm": 20.0}
     assert job_seconds(attack) == 12.5
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 2, "loss": 1.0, "evaluation/miou": 4', '{"step": 2}\n'])
+def test_transfer_figures__of_a_damaged_run_are_no_empty_cell(tmp_path: Path, content: str | None) -> None:
+    """A cell that is silently empty looks as if its run were not asked for."""
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    job = Job("segment", replace(recipe("segment", "tiny"), {"out": str(tmp_path)}))
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl' is missing or damaged.* Delete '.*export' and start"):
+        transfer_figures(job, TRANSFERS["segment"])
 
 
 SHORT = {command: {**settings, "max_steps": "3"} for command, settings in SMALL.items()}

@@ -20,6 +20,9 @@ from enum import Enum
 LEVEL = 0.95
 """Confidence of every interval; 1 minus it is the probability of a wrong claim in a family of comparisons."""
 
+_MOST_DIGITS = 9
+"""Digits after the point of a difference."""
+
 
 class Verdict(Enum):
     """The conclusion that a difference a - b supports."""
@@ -95,7 +98,7 @@ class Difference:
         low, high = self.interval
         if math.isnan(low):
             return _signed(self.mean, digits)
-        return f"{_signed(self.mean, digits)} [{_signed(low, digits)}, {_signed(high, digits)}]"
+        return f"{_signed(self.mean, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
 
     def sentence(self, digits: int = 1) -> str:
         """Return one line: what is compared, the interval, the differences by seed, and whether it is shown."""
@@ -122,7 +125,7 @@ def difference(name: str, a: Mapping[int, float], b: Mapping[int, float]) -> Dif
     Differences are rounded to nine digits after the point, since 60.3 - 60.1 and 50.3 - 50.1 differ in the last bits,
     and a spread of rounding errors would claim anything.
     """
-    return Difference(name, tuple(round(a[seed] - b[seed], 9) for seed in sorted(a.keys() & b.keys())))
+    return Difference(name, tuple(round(a[seed] - b[seed], _MOST_DIGITS) for seed in sorted(a.keys() & b.keys())))
 
 
 def outer_means(values: Mapping[tuple[int, ...], float]) -> dict[int, float]:
@@ -177,9 +180,27 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
+def signed(value: float, digits: int = 1, limit: float = 0.0) -> str:
+    """Return a number with its sign, and with more digits if rounding would carry it to a limit that it is compared to.
+
+    Otherwise an end of +0.04 stands as `+0.0` beside "shown to be higher", and a lead of 1.96 as `+2.0` beside "less
+    than 2 points".
+    """
+    while value != limit and round(value, digits) == limit and digits < _MOST_DIGITS:
+        digits += 1
+    return _signed(value, digits)
+
+
 def _signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def _probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    if p < 0.001:
+        return "< 0.001"
+    if p >= 0.1:
+        return f"{p:.2f}"
+    digits, limit = 2, round(1 - LEVEL, _MOST_DIGITS)  # as in `signed`
+    while float(f"{p:.{digits}g}") == limit and digits < _MOST_DIGITS:
+        digits += 1
+    return f"{p:.{digits}g}"

@@ -175,3 +175,17 @@ def evaluation_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results of the evaluation at a logged step, by name without `evaluation/`; empty if there was none."""
     prefix = "evaluation/"
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+
+
+def last_evaluation(run: Path) -> dict[str, Any]:
+    """Return the results of the last evaluation of a finished run, by name without `evaluation/`.
+
+    Raises:
+        RunFolderError: metrics.jsonl is missing, or damaged so that it holds no evaluation.
+    """
+    file = run / "metrics.jsonl"
+    evaluations = [evaluation_of(record) for record in (read_metrics(file) if file.is_file() else ())]
+    if not any(evaluations):
+        remedy = f"Delete '{run / 'export'}' and start again: only the evaluation is repeated."
+        raise RunFolderError(f"'{file}' is missing or damaged: it holds no evaluation. {remedy}")
+    return next(filter(None, reversed(evaluations)))

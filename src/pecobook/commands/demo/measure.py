@@ -9,7 +9,6 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from pecobook.models.weights import Backbone, load_backbone
 from pecobook.settings.demo import DemoConfig
 from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
-from pecobook.utils.json_files import read_metrics
+from pecobook.utils.json_files import last_evaluation
 from pecobook.utils.printer import of_run
 
 Probes = dict[str, dict[str, Any]]
@@ -158,12 +157,11 @@ def _accuracy(probes: Probes, kind: str) -> float | None:
 
 
 def _mim(job: Job, probes: Probes) -> dict[str, Any]:
-    logged = [record for record in read_metrics(Path(job.config.out) / "metrics.jsonl") if "evaluation/loss" in record]
-    last = logged[-1]
-    of_position = last.get("evaluation/accuracy_of_position")  # none for a single held-out image
+    last = last_evaluation(job.out)
+    of_position = last.get("accuracy_of_position")  # none for a single held-out image
     return {
-        "loss": round(last["evaluation/loss"], 4),
-        "accuracy": round(last["evaluation/accuracy"], 3),
+        "loss": round(last["loss"], 4),
+        "accuracy": round(last["accuracy"], 3),
         "accuracy_of_position": None if of_position is None else round(of_position, 3),
         "linear": _accuracy(probes, "linear"),
         "knn": _accuracy(probes, "knn"),

@@ -86,6 +86,7 @@ def _tiny(factor: int) -> Budget:
     """Return a budget for 32-pixel images with 4 x 4 tokens: a run takes minutes on 2 cores, times `factor`."""
     resnet = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps=str(160 * factor))
     vit = _tiny_vit(patch_size=4)
+    dense = {"max_steps": str(100 * factor), "evaluation_images": SegmentConfig().evaluation_images}
     tokenizer = codebook.tiny()
     tokenizer = dataclasses.replace(tokenizer, max_steps=str(int(tokenizer.max_steps) * factor))
     classifier = dataclasses.replace(finetune.tiny(), max_steps=str(200 * factor))
@@ -111,8 +112,8 @@ def _tiny(factor: int) -> Budget:
             "huge-448": _tiny_runs(factor, resnet, replace(classifier, {"image_size": 64}), depth=10, embed_dim=192),
         },
         transfers={
-            "segment": dataclasses.replace(segment.tiny(), max_steps=str(100 * factor)),
-            "detect": dataclasses.replace(detect.tiny(), max_steps=str(100 * factor)),
+            "segment": replace(segment.tiny(), dense),
+            "detect": replace(detect.tiny(), dense),
             **dict.fromkeys(("kinetics", "ssv2"), replace(finetune.tiny_video(), {"max_steps": str(100 * factor)})),
         },
     )

@@ -14,11 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pecobook.analysis.evidence import LEVEL, difference
+from pecobook.analysis.evidence import LEVEL, difference, signed
 from pecobook.commands.duel_arms import Setting, run_name, settings_of
 from pecobook.commands.jobs import Job
 from pecobook.commands.reproduce.few_labels import FOLDERS, few_labels
-from pecobook.commands.reproduce.transfers import last_metrics
 from pecobook.data.images import check_labels
 from pecobook.data.source import Splits
 from pecobook.recipes import codebook, contrast, finetune, pretrain
@@ -33,7 +32,7 @@ from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.training import BackboneConfig, OptimConfig
 from pecobook.settings.values import replace
-from pecobook.utils.json_files import NUMBER, OBJECT, Kind, is_number, read_json
+from pecobook.utils.json_files import NUMBER, OBJECT, Kind, is_number, last_evaluation, read_json
 
 POWER = 2.0
 """Number of points by which a power control must beat the pixel codebook; otherwise the budget can show nothing."""
@@ -204,9 +203,7 @@ class Duel:
             for file in runs.glob(f"{prefix}*{end}"):
                 seed = str(file.relative_to(runs)).removeprefix(prefix).removesuffix(end)
                 if seed not in self._seeds_of_study:
-                    score = (
-                        last_metrics(file.parents[1])["evaluation/top1"] if is_scratch else validation_accuracy(file)
-                    )
+                    score = last_evaluation(file.parents[1])["top1"] if is_scratch else validation_accuracy(file)
                     by_seed.setdefault(seed, {})[setting] = score
         return [scores for scores in by_seed.values() if len(scores) == len(settings_of(arm))]
 
@@ -318,7 +315,7 @@ def reading(linear: Mapping[str, Mapping[int, float]]) -> list[str]:
     measured = {arm: gain.mean for arm, gain in controls.items() if gain.values}
     if not measured:
         return []
-    told = ", ".join(f"{arm} {mean:+.1f}" for arm, mean in measured.items()).replace("-", "−")
+    told = ", ".join(f"{arm} {signed(mean, limit=POWER)}" for arm, mean in measured.items())
     lines = [f"Power: the controls that know the labels, over the pixel codebook: {told} points."]
     if max(measured.values()) < POWER:
         none = f"Neither leads by {POWER:g} points: this budget has no power, and nothing else is read from it."

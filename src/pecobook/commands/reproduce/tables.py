@@ -82,7 +82,7 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
             figures[figure] = None if share is None else 100 * share
         classifier = metrics.get("classifier", {})
         figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
-    for kind, of_kind in {**TRANSFERS, **{kind: {kind: "evaluation/top1"} for kind in FOLDERS}}.items():
+    for kind, of_kind in {**TRANSFERS, **{kind: {kind: "top1"} for kind in FOLDERS}}.items():
         job = plan.jobs.get(f"{kind}-{arm}-{seed}")
         if job is not None and job.finished:
             figures |= transfer_figures(job, of_kind)

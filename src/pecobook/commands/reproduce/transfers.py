@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pecobook.commands.jobs import Job
@@ -21,14 +20,14 @@ from pecobook.data.dense.segmentation import open_segmentation
 from pecobook.data.source import Splits
 from pecobook.errors import PecobookError
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.utils.json_files import read_metrics
+from pecobook.utils.json_files import last_evaluation
 
 TRANSFERS: dict[str, dict[str, str]] = {
-    "classifier": {"finetuned": "evaluation/top1"},
+    "classifier": {"finetuned": "top1"},
     "attack": {name: name for name, _ in ATTACKED},
-    "segment": {"miou": "evaluation/miou"},
-    "detect": {"box_ap": "evaluation/box_ap", "mask_ap": "evaluation/mask_ap"},
-    **{name: {name: "evaluation/top1"} for name, _ in CLIPS},
+    "segment": {"miou": "miou"},
+    "detect": {"box_ap": "box_ap", "mask_ap": "mask_ap"},
+    **{name: {name: "top1"} for name, _ in CLIPS},
 }
 """Figures of each kind of run, each with the name of its metric."""
 DATA_FLAGS = {
@@ -46,14 +45,12 @@ def kinds_of(figures: Iterable[str]) -> list[str]:
     return [kind for kind, names in TRANSFERS.items() if wanted & names.keys()]
 
 
-def last_metrics(run: Path) -> dict[str, Any]:
-    """Return the last value of every metric of a run."""
-    return {key: value for line in read_metrics(run / "metrics.jsonl") for key, value in line.items()}
-
-
 def transfer_figures(job: Job, names: dict[str, str]) -> dict[str, float | None]:
-    """Return the figures of a finished job; None for one that it did not measure, such as mask AP without masks."""
-    metrics = read_accuracy(job.out) if job.command == "predict" else last_metrics(job.out)
+    """Return the figures of a finished job; None for one that it did not measure, such as mask AP without masks.
+
+    Raises RunFolderError if its results are damaged.
+    """
+    metrics = read_accuracy(job.out) if job.command == "predict" else last_evaluation(job.out)
     return {figure: metrics.get(name) for figure, name in names.items()}
 
 
