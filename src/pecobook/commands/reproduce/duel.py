@@ -214,12 +214,15 @@ class Duel:
         return {*map(str, self.config.seeds), *earlier}
 
     def remarks(self, arms: Iterable[str]) -> list[str]:
-        """Return a line on the settings of the arms, and whether they were tuned."""
+        """Return a line on the settings of the arms that were tuned, and one on those that were not."""
         arms = list(arms)
-        chosen = ", ".join(f"{arm} {self.chosen(arm).name}" for arm in arms)
-        tuned = any(self._complete_tunings(arm) for arm in arms)
-        how = "chosen on validation images" if tuned else "not tuned: run duel-tuning with another seed first"
-        return [f"Settings ({how}): {chosen}."]
+        tuned = [arm for arm in arms if self._complete_tunings(arm)]
+        heads = {
+            "Settings, chosen on validation images": tuned,
+            "Settings, not tuned (run duel-tuning with another seed first)": [arm for arm in arms if arm not in tuned],
+        }
+        named = {head: [f"{arm} {self.chosen(arm).name}" for arm in part] for head, part in heads.items()}
+        return [f"{head}: {', '.join(names)}." for head, names in named.items() if names]
 
     def _out(self, name: str) -> str:
         return str(self.out / "runs" / name)
