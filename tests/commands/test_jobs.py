@@ -23,7 +23,7 @@ from pecobook.commands.jobs import GpuSlot, Job, Outcome, Progress, gpu_slots, r
 from pecobook.commands.reproduce import reproduce
 from pecobook.data.tokens import write_shard
 from pecobook.errors import PecobookError, RunFolderError
-from pecobook.recipes import codebook
+from pecobook.recipes import codebook, finetune
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.tokenize import VIEW_SETTINGS
@@ -260,6 +260,13 @@ def test_job__words_give_the_same_settings(tmp_path: Path) -> None:
     analysis = AnalyzeConfig(tokenizer="run", data="photos", out="analysis", seed=1)
     flags = ("--data", "photos", "--tokenizer", "run", "--out", "analysis", "--seed", "1", "--overwrite")
     assert Job("analyze", analysis).words == ("analyze", *flags)
+
+
+def test_job__of_images_names_no_recipe_of_clips(tmp_path: Path) -> None:
+    """Few settings of a plain fine-tuning differ from `tiny-video`, which would say that it learns from clips."""
+    plain = dataclasses.replace(finetune.tiny_video(), clip=finetune.tiny().clip, out=str(tmp_path))
+    assert Job("finetune", plain).words[1] == "tiny"
+    assert Job("finetune", finetune.tiny_video()).words[1] == "tiny-video"
 
 
 def test_job__of_a_token_bank_is_finished_when_all_shards_are_written(tmp_path: Path) -> None:

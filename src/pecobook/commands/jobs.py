@@ -88,14 +88,23 @@ class Job:
         if self.command not in (*RECIPES, "tokenize"):
             words = flag_words(self.config, type(self.config)(), always=("data", "out"))
             return (self.command, *words, *(("--overwrite",) if hasattr(self.config, "overwrite") else ()))
-        names = RECIPES["pretrain" if self.command == "tokenize" else self.command]
         load = recipes.tokenize if self.command == "tokenize" else functools.partial(recipes.recipe, self.command)
+        names = RECIPES["pretrain" if self.command == "tokenize" else self.command]
+        of_clips = _learns_from_clips(self.config)
+        bases = {name: base for name in names if _learns_from_clips(base := load(name)) == of_clips}
         # The recipe from which the fewest settings differ, so that the line is short.
-        flags = {name: flag_words(self.config, load(name), always=("data", "out"), never=("resume",)) for name in names}
+        flags = {
+            name: flag_words(self.config, base, always=("data", "out"), never=("resume",))
+            for name, base in bases.items()
+        }
         recipe = min(flags, key=lambda name: len(flags[name]))
         accepts = self.accept_data_change and (self.out / "config.json").exists()
         accepting = ("--accept-data-change",) if accepts else ()
         return (self.command, recipe, *flags[recipe], "--resume", "auto", *accepting)
+
+
+def _learns_from_clips(config: Any) -> bool:
+    return hasattr(config, "clip") and config.clip.frames > 0
 
 
 def _written_part(bank: Path) -> float:
