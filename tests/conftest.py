@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,12 @@ def _threads() -> None:
     import torch
 
     torch.set_num_threads(int(_THREADS))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hangups() -> None:
+    """Let tests receive a hang-up under `nohup make test` too, where runs leave it ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
