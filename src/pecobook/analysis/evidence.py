@@ -186,9 +186,14 @@ def signed(value: float, digits: int = 1, limit: float = 0.0) -> str:
     Otherwise an end of +0.04 stands as `+0.0` beside "shown to be higher", and a lead of 1.96 as `+2.0` beside "less
     than 2 points".
     """
-    while value != limit and round(value, digits) == limit and digits < _MOST_DIGITS:
+    return _signed(value, _enough_digits(value, limit, digits, "f"))
+
+
+def _enough_digits(value: float, limit: float, digits: int, style: str) -> int:
+    """Return `digits`, or more if `value`, written with them in the format `style`, would be the limit."""
+    while value != limit and float(f"{value:.{digits}{style}}") == limit and digits < _MOST_DIGITS:
         digits += 1
-    return _signed(value, digits)
+    return digits
 
 
 def _signed(value: float, digits: int) -> str:
@@ -200,7 +205,4 @@ def _probability(p: float) -> str:
         return "< 0.001"
     if p >= 0.1:
         return f"{p:.2f}"
-    digits, limit = 2, round(1 - LEVEL, _MOST_DIGITS)  # as in `signed`
-    while float(f"{p:.{digits}g}") == limit and digits < _MOST_DIGITS:
-        digits += 1
-    return f"{p:.{digits}g}"
+    return f"{p:.{_enough_digits(p, round(1 - LEVEL, _MOST_DIGITS), 2, 'g')}g}"

@@ -18,7 +18,7 @@ from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.compare import CompareConfig
 from pecobook.settings.values import flag, replace
 from pecobook.utils.files import write_json
-from pecobook.utils.json_files import OBJECT, evaluation_of, is_number, list_of, read_json, read_metrics
+from pecobook.utils.json_files import OBJECT, evaluation_of, is_number, last_evaluated, list_of, read_json, read_metrics
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     @property
     def last_evaluation(self) -> dict[str, Any]:
         """The step and the numbers of the last evaluation, or of the last logged step if there was none."""
-        record = ([record for record in self.metrics if evaluation_of(record)] or self.metrics)[-1]
+        record = last_evaluated(self.metrics) or self.metrics[-1]
         numbers = evaluation_of(record) or record
         return {"step": record["step"], **{name: value for name, value in numbers.items() if is_number(value)}}
 

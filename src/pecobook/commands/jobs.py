@@ -90,12 +90,12 @@ class Job:
             return (self.command, *words, *(("--overwrite",) if hasattr(self.config, "overwrite") else ()))
         load = recipes.tokenize if self.command == "tokenize" else functools.partial(recipes.recipe, self.command)
         names = RECIPES["pretrain" if self.command == "tokenize" else self.command]
-        of_clips = _learns_from_clips(self.config)
-        bases = {name: base for name in names if _learns_from_clips(base := load(name)) == of_clips}
+        bases = {name: load(name) for name in names}
         # The recipe from which the fewest settings differ, so that the line is short.
         flags = {
             name: flag_words(self.config, base, always=("data", "out"), never=("resume",))
             for name, base in bases.items()
+            if _learns_from_clips(base) == _learns_from_clips(self.config)
         }
         recipe = min(flags, key=lambda name: len(flags[name]))
         accepts = self.accept_data_change and (self.out / "config.json").exists()

@@ -23,7 +23,7 @@ from pecobook.settings.changes import FREE_ON_RESUME
 from pecobook.settings.push import PushConfig
 from pecobook.settings.values import replace
 from pecobook.utils.files import without_folders
-from pecobook.utils.json_files import evaluation_of, is_number, read_if_valid, read_metrics
+from pecobook.utils.json_files import evaluation_of, is_number, last_evaluated, read_if_valid, read_metrics
 from pecobook.utils.printer import show
 
 _KINDS: dict[str, type[Exported]] = {
@@ -129,14 +129,13 @@ class _About:
         return f"## Data\n\n`{name}`{f': {counts}' if counts else ''}."
 
     def _evaluation(self) -> str:
-        evaluated = [record for record in self.metrics if evaluation_of(record)]
-        if not evaluated:
+        last = last_evaluated(self.metrics)
+        if last is None:
             return ""
-        last = evaluation_of(evaluated[-1])
-        rows = [f"| {name} | {value:.4g} |" for name, value in last.items() if is_number(value)]
+        rows = [f"| {name} | {value:.4g} |" for name, value in evaluation_of(last).items() if is_number(value)]
         images = (self.environment.get("images") or {}).get("held_out", 0)
         number = f" {min(images, self.settings['evaluation_images']):,}" if images else ""
-        heading = f"## Evaluation\n\nAfter step {evaluated[-1]['step']:,}, on{number} held-out images:\n\n"
+        heading = f"## Evaluation\n\nAfter step {last['step']:,}, on{number} held-out images:\n\n"
         return heading + "\n".join(("| metric | value |", "| --- | ---: |", *rows))
 
     def _settings(self) -> str:

@@ -75,6 +75,11 @@ def check_readable(source: ImageSource, count: int = 8) -> None:
     )
 
 
+def has_labels(splits: Splits) -> bool:
+    """Return whether training and evaluation images have labels."""
+    return splits.train.labels is not None and splits.evaluation.labels is not None
+
+
 def check_labels(splits: Splits, source: str) -> None:
     """Raise DataError unless training and evaluation images have labels; `source` is the value of `--data`."""
     for images, whose in (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.batch import Batch
-from pecobook.data.images import check_readable, open_images
+from pecobook.data.images import check_readable, has_labels, open_images
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream, ViewFunction, to_device
 from pecobook.engine.evaluation import rank_share
@@ -65,8 +65,7 @@ def describe_probe(config: ProbedTrainConfig, splits: Splits) -> str:
     """Return a line for the user on the images of `--probe-data` and what they measure."""
     counts = [min(config.probe_images, len(part)) for part in (splits.train, splits.evaluation)]
     every = f"every {config.probe_every} steps" if config.probe_every else "in less than 2% of the time"
-    has_labels = splits.train.labels is not None and splits.evaluation.labels is not None
-    classes = splits.train.classes if has_labels else None
+    classes = splits.train.classes if has_labels(splits) else None
     what = f"k-NN, linear probe and rank, {len(classes)} classes" if classes else "rank alone, without labels"
     return f"{counts[0]:,} and {counts[1]:,} held-out images of '{config.probe_data}', {every}: {what}"
 

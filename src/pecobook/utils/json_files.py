@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -177,6 +177,11 @@ def evaluation_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
+def last_evaluated(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the last record of a metrics.jsonl that has an evaluation; None if no record has one."""
+    return next(filter(evaluation_of, reversed(records)), None)
+
+
 def last_evaluation(run: Path) -> dict[str, Any]:
     """Return the results of the last evaluation of a finished run, by name without `evaluation/`.
 
@@ -184,8 +189,8 @@ def last_evaluation(run: Path) -> dict[str, Any]:
         RunFolderError: metrics.jsonl is missing, or damaged so that it holds no evaluation.
     """
     file = run / "metrics.jsonl"
-    evaluations = [evaluation_of(record) for record in (read_metrics(file) if file.is_file() else ())]
-    if not any(evaluations):
+    record = last_evaluated(read_metrics(file) if file.is_file() else ())
+    if record is None:
         remedy = f"Delete '{run / 'export'}' and start again: only the evaluation is repeated."
         raise RunFolderError(f"'{file}' is missing or damaged: it holds no evaluation. {remedy}")
-    return next(filter(None, reversed(evaluations)))
+    return evaluation_of(record)

@@ -86,6 +86,7 @@ def _tiny(factor: int) -> Budget:
     """Return a budget for 32-pixel images with 4 x 4 tokens: a run takes minutes on 2 cores, times `factor`."""
     resnet = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps=str(160 * factor))
     vit = _tiny_vit(patch_size=4)
+    # Tables are of all test images, up to the default of both commands, not of the few of their small recipes.
     dense = {"max_steps": str(100 * factor), "evaluation_images": SegmentConfig().evaluation_images}
     tokenizer = codebook.tiny()
     tokenizer = dataclasses.replace(tokenizer, max_steps=str(int(tokenizer.max_steps) * factor))

@@ -183,15 +183,19 @@ class Duel:
         return {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
 
     def chosen(self, arm: str) -> Setting:
-        """Return the arm's setting with the best validation accuracy in the folder; the default if there is no tuning.
+        """Return the arm's setting of the best validation accuracy in the folder; the default if nothing was tuned."""
+        return self._choice(arm)[0]
+
+    def _choice(self, arm: str) -> tuple[Setting, bool]:
+        """Return the arm's setting, and whether a tuning chose it.
 
         Seeds at which all settings of the arm were trained count equally. Those of the study do not count: if tuning
         changes an arm with two settings, its earlier seeds have both, and would choose again.
         """
         candidates, complete = settings_of(arm), self._complete_tunings(arm)
         if not complete:
-            return candidates[0]
-        return max(candidates, key=lambda setting: statistics.fmean(scores[setting] for scores in complete))
+            return candidates[0], False
+        return max(candidates, key=lambda setting: statistics.fmean(scores[setting] for scores in complete)), True
 
     def _complete_tunings(self, arm: str) -> list[dict[Setting, float]]:
         """Return every setting's validation accuracy, for each seed at which all settings were trained."""
@@ -215,14 +219,15 @@ class Duel:
 
     def remarks(self, arms: Iterable[str]) -> list[str]:
         """Return a line on the settings of the arms that were tuned, and one on those that were not."""
-        arms = list(arms)
-        tuned = [arm for arm in arms if self._complete_tunings(arm)]
+        tuned, others = list[str](), list[str]()
+        for arm in arms:
+            setting, is_tuned = self._choice(arm)
+            (tuned if is_tuned else others).append(f"{arm} {setting.name}")
         heads = {
             "Settings, chosen on validation images": tuned,
-            "Settings, not tuned (run duel-tuning with another seed first)": [arm for arm in arms if arm not in tuned],
+            "Settings, not tuned (run duel-tuning with another seed first)": others,
         }
-        named = {head: [f"{arm} {self.chosen(arm).name}" for arm in part] for head, part in heads.items()}
-        return [f"{head}: {', '.join(names)}." for head, names in named.items() if names]
+        return [f"{head}: {', '.join(names)}." for head, names in heads.items() if names]
 
     def _out(self, name: str) -> str:
         return str(self.out / "runs" / name)

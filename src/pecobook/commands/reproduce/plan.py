@@ -14,6 +14,7 @@ from pecobook.commands.paper_tables import ATTACKED, EPOCHS, Arm, PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
 from pecobook.commands.reproduce.duel import Duel
 from pecobook.commands.reproduce.transfers import DATA_FLAGS, kinds_of, transfer_data
+from pecobook.data.images import has_labels
 from pecobook.data.source import Splits
 from pecobook.models.cost import Cost, job_cost
 from pecobook.settings.analyze import AnalyzeConfig
@@ -54,7 +55,7 @@ class Plan:
         self.budget = make_budget(config.budget)
         if config.backbone.name:
             self.budget = with_backbone(self.budget, config.backbone)
-        self.has_labels = all(images.labels is not None for images in (splits.train, splits.evaluation))
+        self.has_labels = has_labels(splits)
         self.classifier = config.classifier
         if not config.classifier and len(splits.train.classes or ()) == 1000:  # the classes of ImageNet-1K
             self.classifier = self.budget.classifier
